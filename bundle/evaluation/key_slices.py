@@ -1,0 +1,144 @@
+"""Does the model look where the lesion is? Ranked slices of case records against slice truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from .bootstrap import mean_interval
+
+__all__ = ["KEY_SLICE_DEFINITIONS", "RANKINGS", "key_slice_intervals", "key_slice_scores", "rank_slices"]
+
+RANKINGS = ("score", "weight", "attention")
+CASE_SCORES = ("hit_1", "hit_3", "distance_mm", "instance_auc")
+
+KEY_SLICE_DEFINITIONS: dict[str, str] = {
+    "positive_cases": "accepted cases of a known class other than class 0 with at least one slice known to be true; "
+    "every figure below but instance_auc_pooled is over these",
+    "score, weight, attention": "what the slices are ranked by; more than two classes: that of the predicted class; "
+    "equal weights or attentions are ranked by score, equal scores by position, first slice first",
+    "hit_1, hit_3": "share of positive cases in which the top slice, one of the top three slices, is a true one",
+    "distance_mm": "distance in mm from the top slice to the nearest true slice, 0 for a hit",
+    "instance_auc_pooled": "ROC area of slice truth over all slices of all accepted cases, positive or not, pooled",
+    "instance_auc": "mean over positive cases of the ROC area within the case; cases of true slices only left out",
+    "chance_hit_1, chance_hit_3": "expected hit_1, hit_3 of slices drawn at random without replacement",
+    "slices": "only slices of known truth are ranked and counted",
+}
+
+
+def rank_slices(slices: Sequence[Mapping[str, Any]], by: str = "weight") -> list[int]:
+    """Places of the slices from the most to the least critical.
+
+    Equal weights or attentions are ranked by score (a hard selection leaves all but one at 0), equal scores by place:
+    the slice that comes first in the sequence, so in position, wins.
+
+    Args:
+        slices: the ``slices`` of a case record, in order of position.
+        by: ``score``, ``weight`` or ``attention``.
+    """
+    return sorted(range(len(slices)), key=lambda i: (-slices[i][by], -slices[i]["score"]))
+
+
+def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How well the ranked slices agree with slice truth; `KEY_SLICE_DEFINITIONS` says what each figure means.
+
+    Args:
+        records: case records; those refused, and slices of unknown truth (label -1), are passed over.
+
+    Returns:
+        ``cases_with_truth``, ``positive_cases``, ``positive_cases_without_true_slice`` (counts), ``chance_hit_1``,
+        ``chance_hit_3``, and for each of `RANKINGS` a dict with ``hit_1``, ``hit_3``, ``distance_mm_mean``,
+        ``distance_mm_median``, ``instance_auc``, ``instance_auc_pooled``; NaN where undefined. Empty if no record
+        holds slice truth.
+    """
+    known = _with_truth(records)
+    if not known:
+        return {}
+    positive = [(record, slices) for record, slices in known if record["label"]]
+    found = [(record, slices) for record, slices in positive if any(s["label"] == 1 for s in slices)]
+    result: dict[str, Any] = {
+        "cases_with_truth": len(known),
+        "positive_cases": len(found),
+        "positive_cases_without_true_slice": len(positive) - len(found),
+        "chance_hit_1": _mean([_chance_hit(slices, 1) for _, slices in found]),
+        "chance_hit_3": _mean([_chance_hit(slices, 3) for _, slices in found]),
+    }
+    pooled = [s for _, slices in known for s in slices]
+    for by in RANKINGS:
+        table = [_case_scores(slices, by) for _, slices in found]
+        distances = [row["distance_mm"] for row in table]
+        result[by] = {
+            "hit_1": _mean([row["hit_1"] for row in table]),
+            "hit_3": _mean([row["hit_3"] for row in table]),
+            "distance_mm_mean": _mean(distances),
+            "distance_mm_median": float(np.median(distances)) if distances else float("nan"),
+            "instance_auc": _mean([row["instance_auc"] for row in table]),
+            "instance_auc_pooled": _auc(pooled, by),
+        }
+    return result
+
+
+def key_slice_intervals(
+    records: Sequence[Mapping[str, Any]], patients: Sequence[str], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """95% bootstrap intervals over patients of the figures that are means over positive cases.
+
+    Args:
+        records: case records.
+        patients: the patient of each record.
+        resamples: number of resamples.
+        seed: of the draw.
+
+    Returns:
+        For each of `RANKINGS`: ``hit_1``, ``hit_3``, ``distance_mm_mean``, ``instance_auc`` → [low, high]. Empty if no
+        record holds slice truth.
+    """
+    patient_of = {record["case"]: patient for record, patient in zip(records, patients, strict=True)}
+    known = _with_truth(records)
+    found = [(r, s) for r, s in known if r["label"] and any(one["label"] == 1 for one in s)]
+    result: dict[str, dict[str, list[float]]] = {}
+    for by in RANKINGS if known else ():
+        table = [(_case_scores(slices, by), patient_of[record["case"]]) for record, slices in found]
+        result[by] = {}
+        for name in CASE_SCORES:
+            rows = [(row[name], patient) for row, patient in table if math.isfinite(row[name])]
+            interval = mean_interval([v for v, _ in rows], [p for _, p in rows], resamples=resamples, seed=seed)
+            result[by]["distance_mm_mean" if name == "distance_mm" else name] = [interval.low, interval.high]
+    return result
+
+
+def _with_truth(records: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], list[Mapping[str, Any]]]]:
+    """Accepted records that hold slice truth, each with its slices of known truth."""
+    pairs = [(r, [s for s in r["slices"] if s["label"] in (0, 1)]) for r in records if r["status"] == "accepted"]
+    return [(record, slices) for record, slices in pairs if slices]
+
+
+def _case_scores(slices: Sequence[Mapping[str, Any]], by: str) -> dict[str, float]:
+    order = rank_slices(slices, by)
+    true_positions = [s["position_mm"] for s in slices if s["label"] == 1]
+    return {
+        "hit_1": float(slices[order[0]]["label"] == 1),
+        "hit_3": float(any(slices[i]["label"] == 1 for i in order[:3])),
+        "distance_mm": min(abs(slices[order[0]]["position_mm"] - position) for position in true_positions),
+        "instance_auc": _auc(slices, by),
+    }
+
+
+def _chance_hit(slices: Sequence[Mapping[str, Any]], top: int) -> float:
+    false = sum(s["label"] == 0 for s in slices)
+    drawn = min(top, len(slices))
+    return 1 - math.comb(false, drawn) / math.comb(len(slices), drawn)
+
+
+def _auc(slices: Sequence[Mapping[str, Any]], by: str) -> float:
+    truth = [s["label"] for s in slices]
+    return float(roc_auc_score(truth, [s[by] for s in slices])) if len(set(truth)) == 2 else float("nan")
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if math.isfinite(value)]
+    return float(np.mean(defined)) if defined else float("nan")

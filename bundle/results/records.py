@@ -1,0 +1,291 @@
+"""Case records: what the model said of one case and which slices decided, as a dict, as JSON and as a table."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InputError, Refusal
+from ..evaluation.key_slices import rank_slices
+from ..files import replacing, write_json
+
+__all__ = [
+    "case_record",
+    "read_records",
+    "record_file_name",
+    "refused_record",
+    "spreadsheet_safe",
+    "write_predictions",
+    "write_record",
+]
+
+RECORD_KEYS = (
+    "case",
+    "status",
+    "reason_code",
+    "reason",
+    "patient",
+    "label",
+    "class_names",
+    "probabilities",
+    "prediction",
+    "slices",
+    "key_slices",
+)
+# What a spreadsheet takes for the start of a formula, in full width too, and the white space it may skip before one.
+FORMULA_STARTS = tuple("=+-@\t\r\n \uff1d\uff0b\uff0d\uff20")
+LONGEST_FILE_NAME = 180
+
+
+def case_record(
+    case: str,
+    *,
+    probabilities: ArrayLike,
+    class_names: Sequence[str],
+    slice_index: ArrayLike,
+    slice_position: ArrayLike,
+    weights: ArrayLike,
+    attention: ArrayLike,
+    scores: ArrayLike,
+    slice_label: ArrayLike | None = None,
+    sop_instance_uids: Sequence[str | None] | None = None,
+    label: int | None = None,
+    patient: str | None = None,
+    prediction: int | None = None,
+    num_key_slices: int = 5,
+) -> dict[str, Any]:
+    """The record of a case that was classified.
+
+    Args:
+        case: name of the case.
+        probabilities: (K,) class probabilities.
+        class_names: K names.
+        slice_index: (N,) index in the stored source volume; real slices only, no padding.
+        slice_position: (N,) position along the slice normal in mm.
+        weights: (N,), (N, 1) or (N, K) selection weights; of K columns that of the predicted class is kept.
+        attention: likewise, attention.
+        scores: likewise, scores (logits).
+        slice_label: (N,) 1, 0 or -1 (unknown); None: unknown.
+        sop_instance_uids: N DICOM SOP Instance UIDs; None: not from DICOM.
+        label: true class, if known.
+        patient: patient identifier of the datalist, if known.
+        prediction: predicted class; None takes the most probable.
+        num_key_slices: how many of the slices of highest selection weight are key slices. Equal weights are ranked by
+            score, equal scores by position.
+
+    Returns:
+        A JSON-serialisable dict; ``slices`` in order of position, ``key_slices`` most critical first.
+
+    Raises:
+        InputError: arrays that do not fit each other, or a value that is not finite.
+    """
+    _check_case(case)
+    p = _finite("probabilities", probabilities, case)
+    if p.shape != (len(class_names),) or len(p) < 2:
+        raise InputError(f"case {case!r}: probabilities of shape {p.shape} do not fit {len(class_names)} class names")
+    chosen = int(p.argmax()) if prediction is None else int(prediction)
+    if not 0 <= chosen < len(p) or (label is not None and not 0 <= int(label) < len(p)):
+        raise InputError(f"case {case!r}: label and prediction must lie between 0 and {len(p) - 1}")
+    positions = _finite("slice_position", slice_position, case)
+    n = len(positions)
+    if n == 0 or num_key_slices < 1:
+        raise InputError(f"case {case!r}: a record needs at least one slice and one key slice")
+    columns = {
+        "index": _column("slice_index", slice_index, case, n, 0),
+        "position_mm": _column("slice_position", positions, case, n, 0),
+        "weight": _column("weights", weights, case, n, chosen, len(p)),
+        "attention": _column("attention", attention, case, n, chosen, len(p)),
+        "score": _column("scores", scores, case, n, chosen, len(p)),
+        "label": _column("slice_label", np.full(n, -1) if slice_label is None else slice_label, case, n, 0),
+    }
+    if not np.isin(columns["label"], (-1, 0, 1)).all():
+        raise InputError(f"case {case!r}: slice labels must be 1, 0 or -1 (unknown)")
+    uids = [None] * n if sop_instance_uids is None else list(sop_instance_uids)
+    if len(uids) != n:
+        raise InputError(f"case {case!r}: {len(uids)} SOP Instance UIDs were given for {n} slices")
+    slices: list[dict[str, Any]] = [
+        {
+            "index": int(columns["index"][i]),
+            **{key: float(columns[key][i]) for key in ("position_mm", "weight", "attention", "score")},
+            "sop_instance_uid": None if uids[i] is None else str(uids[i]),
+            "label": int(columns["label"][i]),
+        }
+        for i in np.argsort(positions, kind="stable")
+    ]
+    return {
+        "case": case,
+        "status": "accepted",
+        "reason_code": None,
+        "reason": None,
+        "patient": None if patient is None else str(patient),
+        "label": None if label is None else int(label),
+        "class_names": list(class_names),
+        "probabilities": [float(value) for value in p],
+        "prediction": chosen,
+        "slices": slices,
+        "key_slices": [dict(slices[i]) for i in rank_slices(slices)[:num_key_slices]],
+    }
+
+
+def refused_record(
+    case: str, refusal: InputError, label: int | None = None, patient: str | None = None
+) -> dict[str, Any]:
+    """The record of a case that could not be read: the same keys, a reason, and no prediction.
+
+    Args:
+        case: name of the case.
+        refusal: why; an `InputError` that is no `Refusal` gets the reason code ``unreadable``.
+        label: true class, if known.
+        patient: patient identifier of the datalist, if known.
+    """
+    _check_case(case)
+    return {
+        "case": case,
+        "status": "refused",
+        "reason_code": refusal.code if isinstance(refusal, Refusal) else "unreadable",
+        "reason": refusal.sentence if isinstance(refusal, Refusal) else str(refusal),
+        "patient": None if patient is None else str(patient),
+        "label": None if label is None else int(label),
+        "class_names": [],
+        "probabilities": [],
+        "prediction": None,
+        "slices": [],
+        "key_slices": [],
+    }
+
+
+def record_file_name(case: str) -> str:
+    """A file name for a case that is safe on every file system and different for different cases.
+
+    Whatever is not a letter, digit or one of ``_.-`` is percent-encoded, and so is a leading dot; a name that gets too
+    long ends in the SHA-256 of the case behind ``~``, which no other name can hold.
+    """
+    _check_case(case)
+    name = quote(case, safe="").replace("~", "%7E")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > LONGEST_FILE_NAME:
+        name = f"{name[:100]}~{hashlib.sha256(case.encode()).hexdigest()}"
+    return f"{name}.json"
+
+
+def write_record(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
+    """Write one record as JSON in one step, under `record_file_name`; an earlier one of the case is replaced."""
+    path = Path(folder) / record_file_name(record["case"])
+    write_json(path, dict(record))
+    return path
+
+
+def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a folder, sorted by case.
+
+    Raises:
+        InputError: no such folder, no record in it, a file that is no record, or a case that appears twice.
+    """
+    paths = sorted(path for path in Path(folder).glob("*.json") if not path.name.startswith("."))
+    if not paths:
+        raise InputError(f"{Path(folder).name}: no such folder, or no case record (.json) in it; run inference first")
+    records: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path.name} cannot be read as a case record; remove it or write it again") from error
+        missing = [key for key in RECORD_KEYS if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise InputError(f"{path.name} is no case record: {missing[0]!r} is missing; remove it from the folder")
+        if record["case"] in records:
+            raise InputError(f"{path.name} is a second record of case {record['case']!r}; remove one of them")
+        records[record["case"]] = record
+    return [records[case] for case in sorted(records)]
+
+
+def spreadsheet_safe(text: str) -> str:
+    """The text with an apostrophe before it if a spreadsheet would run it as a formula."""
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
+
+
+def write_predictions(
+    path: str | os.PathLike[str], records: Sequence[Mapping[str, Any]], class_names: Sequence[str] | None = None
+) -> None:
+    """Write predictions.csv in one step: a row a record, refused ones too, in the order given.
+
+    Columns: case, status, patient, label, prediction, class_name, probability_<class name> for each class,
+    key_slice_index, key_slice_position_mm, key_slice_weight, key_slice_sop_instance_uid, reason_code, reason. The key
+    slice is the most critical one. A cell is empty where nothing is known. Text that a spreadsheet would run as a
+    formula starts with an apostrophe.
+
+    Args:
+        path: the file.
+        records: case records.
+        class_names: K names; None takes those of the first accepted record (none: no probability columns).
+
+    Raises:
+        InputError: records of different classes, or a file that cannot be written.
+    """
+    names = list(class_names or next((r["class_names"] for r in records if r["status"] == "accepted"), []))
+    header = ["case", "status", "patient", "label", "prediction", "class_name"]
+    header += [f"probability_{name}" for name in names]
+    header += ["key_slice_index", "key_slice_position_mm", "key_slice_weight", "key_slice_sop_instance_uid"]
+    header += ["reason_code", "reason"]
+    rows = []
+    for record in records:
+        if record["status"] == "accepted" and list(record["class_names"]) != names:
+            raise InputError(f"case {record['case']!r} has other class names than the rest of the table")
+        key = record["key_slices"][0] if record["key_slices"] else {}
+        prediction = record["prediction"]
+        rows.append(
+            [
+                *(record[key_] for key_ in ("case", "status", "patient", "label", "prediction")),
+                None if prediction is None else names[prediction],
+                *(record["probabilities"] or [None] * len(names)),
+                *(key.get(k) for k in ("index", "position_mm", "weight", "sop_instance_uid")),
+                record["reason_code"],
+                record["reason"],
+            ]
+        )
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([[_cell(value) for value in row] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return spreadsheet_safe(value) if isinstance(value, str) else str(value)
+
+
+def _check_case(case: str) -> None:
+    if not isinstance(case, str) or not case:
+        raise InputError("a case needs a name that is not empty")
+
+
+def _finite(what: str, values: ArrayLike, case: str) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"case {case!r}: {what} holds a value that is not finite; check the weights and the input scan"
+        )
+    return array
+
+
+def _column(what: str, values: ArrayLike, case: str, n: int, column: int, num_classes: int = 1) -> NDArray[np.float64]:
+    """Values (N,), (N, 1) or (N, num_classes) as (N,)."""
+    array = _finite(what, values, case)
+    if array.ndim == 2 and array.shape[1] in (1, num_classes):
+        array = array[:, 0 if array.shape[1] == 1 else column]
+    if array.shape != (n,):
+        raise InputError(f"case {case!r}: {what} has shape {array.shape}, but there are {n} slices")
+    return array
