@@ -1,0 +1,63 @@
+"""Dual-stream multiple-instance classification of CT and MR volumes from bags of slices, as a MONAI bundle.
+
+This module exports what the YAML configs name. The names are imported on first use: a script that needs no network then
+starts without PyTorch, and `python -m bundle.data.datalist` runs a module that was not imported before.
+Research use only; not for diagnosis.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "data.augment": "RandBagAffined RandSliceIntensityd",
+    "data.cases": "inference_cases labelled_cases",
+    "data.collate": "collate_bags",
+    "data.dataset": "BagDataset BagSampler watched",
+    "data.reader": "LoadImageStrictd",
+    "data.sampling": "AllSlicesd RandomSlicesd StratifiedSlicesd UniformSlicesd",
+    "data.transforms": (
+        "AddNeighboursd CheckVolumed CropToForegroundd DropBlankSlicesd OrientForSlicingd ResampleVolumed "
+        "ResizeAndPadd ScaleForegroundPercentilesd VolumeToBagd"
+    ),
+    "data.volume": "ReaderPolicy",
+    "errors": "InputError Refusal plain_errors",
+    "model.encoder": "FrozenBatchNorm2d load_encoder_weights with_norm",
+    "model.network": "BagOutput DualStreamMIL Evidence",
+    "model.selection": (
+        "EntmaxSelection GumbelSelection HardSelection MeanSelection SoftSelection StraightThroughSelection "
+        "TopKSelection TwoPhaseSelection"
+    ),
+    "recipe": "Recipe",
+    "results.writer": "DrawKeySlices WriteMetrics WriteRecords exit_status",
+    "settings": "check_config choose run_settings",
+    "training.checkpoint": "BestModel Checkpoint EarlyStop",
+    "training.engine": "BagEvaluator BagTrainer",
+    "training.handlers": (
+        "AnnealTemperature BagProgressBar EpochScore GradientClip ScheduleRegularisation TwoPhaseSwitch named_scores"
+    ),
+    "training.log": "EpochLog",
+    "training.losses": "BagCrossEntropy DualStreamLoss MILFocalLoss",
+    "training.run": "finish_training start_network",
+    "training.schedules": (
+        "CosineTemperature ExponentialTemperature LinearWeight PrescribedTemperature parameter_groups warmup_cosine"
+    ),
+    "training.stability": "StabilityRecorder",
+    "weights": "load_network",
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bundle' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,101 @@
+"""Augmentation of bags: one geometry for all slices of a bag, an intensity change of its own for each slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import InputError
+from .sampling import DrawTransform
+
+__all__ = ["RandBagAffined", "RandSliceIntensityd"]
+
+
+class RandBagAffined(DrawTransform):
+    """Rotate, scale, shift and mirror all slices of a bag alike, in their plane.
+
+    Args:
+        prob: of rotation, scale and shift (together).
+        rotate: largest angle in degrees, either way.
+        scale: largest relative change of size, either way.
+        shift: largest shift as a share of the side, either way.
+        mirror: probability of a left–right mirror image; 0 where the side matters.
+    """
+
+    def __init__(
+        self, prob: float = 0.8, rotate: float = 10.0, scale: float = 0.1, shift: float = 0.05, mirror: float = 0.5
+    ) -> None:
+        for name, value in {"prob": prob, "mirror": mirror}.items():
+            if not 0 <= value <= 1:
+                raise InputError(f"{name} is a probability, not {value}")
+        if rotate < 0 or shift < 0 or not 0 <= scale < 1:
+            raise InputError(
+                f"rotate and shift must be 0 or more and scale in [0, 1), not {rotate}, {shift} and {scale}"
+            )
+        self.prob, self.rotate, self.scale, self.shift, self.mirror = prob, rotate, scale, shift, mirror
+
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """A (2, 3) matrix from output to input places: x to the right and y down from the centre.
+
+        The first two columns hold for any one unit of length; the shift is in halves of the side.
+        """
+        moved = generator.random() < self.prob
+        angle, size, right, down = generator.uniform(-1, 1, 4) * moved
+        angle = np.deg2rad(self.rotate * angle)
+        factor = 1 / (1 + self.scale * size)
+        sign = -1.0 if generator.random() < self.mirror else 1.0
+        cos, sin = factor * np.cos(angle), factor * np.sin(angle)
+        return np.array([[sign * cos, -sin, 2 * self.shift * right], [sign * sin, cos, 2 * self.shift * down]])
+
+    def apply(self, slices: Tensor, matrix: np.ndarray) -> Tensor:
+        """Slices (N, C, H, W) seen through the matrix; what comes from outside is 0."""
+        height, width = slices.shape[-2:]
+        # grid_sample counts each side from -1 to 1; in those units a rotation would shear an oblong slice.
+        oblong = np.array([[1, height / width, 1], [width / height, 1, 1]])
+        theta = torch.from_numpy(matrix * oblong).to(slices.dtype).expand(len(slices), 2, 3)
+        grid = functional.affine_grid(theta, list(slices.shape), align_corners=False)
+        return functional.grid_sample(slices, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {**data, "image": self.apply(data["image"], self.draw(self.generator(data)))}
+
+
+class RandSliceIntensityd(DrawTransform):
+    """Change contrast, brightness and noise of every slice by its own draw; values stay in [0, 1].
+
+    Args:
+        prob: probability for each slice.
+        contrast: largest relative change of the slice's values, either way.
+        brightness: largest shift of non-background values, either way.
+        noise: largest standard deviation of added Gaussian noise.
+    """
+
+    def __init__(self, prob: float = 0.5, contrast: float = 0.1, brightness: float = 0.1, noise: float = 0.02) -> None:
+        if not 0 <= prob <= 1:
+            raise InputError(f"prob is a probability, not {prob}")
+        if min(contrast, brightness, noise) < 0:
+            raise InputError(
+                f"contrast, brightness and noise must be 0 or more, not {contrast}, {brightness} and {noise}"
+            )
+        self.prob, self.contrast, self.brightness, self.noise = prob, contrast, brightness, noise
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        generator = self.generator(data)
+        slices: Tensor = data["image"]
+        changed = generator.random(len(slices)) < self.prob
+        gain, offset, spread = generator.uniform([-1, -1, 0], 1, (len(slices), 3)).T * changed
+        noise = generator.standard_normal(slices.shape, dtype=np.float32)
+
+        def each(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(slices.dtype).view(-1, 1, 1, 1)
+
+        # Background stays 0: a brighter padding would tell resized shapes apart.
+        visible = (slices > 0).to(slices.dtype)
+        out = slices * each(1 + self.contrast * gain) + visible * each(self.brightness * offset)
+        out = out + visible * each(self.noise * spread) * torch.from_numpy(noise)
+        return {**data, "image": out.clamp(0, 1)}

@@ -1,0 +1,101 @@
+"""What inference is to classify: the scans below a folder, or the cases of a datalist."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, Refusal
+from .datalist import class_names as class_names_of
+from .datalist import load_datalist
+from .scans import find_scans
+
+__all__ = ["inference_cases", "labelled_cases"]
+
+logger = logging.getLogger(__name__)
+
+
+def labelled_cases(
+    datalist: str | Path, section: str, fold: int, dataset_dir: str | Path, class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Cases of a section of a datalist, for training and evaluation of a network of these classes.
+
+    Args:
+        datalist: made by scripts/make_datalist.
+        section: "training", "validation" or "test".
+        fold: from 0.
+        dataset_dir: folder of the image paths.
+        class_names: of the network.
+
+    Raises:
+        InputError: as `load_datalist`, and when the datalist has another number of classes, or another order.
+    """
+    cases = load_datalist(datalist, section, fold, dataset_dir)
+    in_list = class_names_of(datalist)
+    if len(in_list) != len(class_names):
+        raise InputError(
+            f"the config has {len(class_names)} class names ({', '.join(class_names)}), {Path(datalist).name} has "
+            f"{len(in_list)} ({', '.join(in_list)}): set class_names to those of the datalist"
+        )
+    moved = [name for name in class_names if name in in_list and in_list.index(name) != list(class_names).index(name)]
+    if moved:
+        raise InputError(
+            f"class {moved[0]!r} is number {list(class_names).index(moved[0])} in the config and number "
+            f"{in_list.index(moved[0])} in {Path(datalist).name}: set class_names to those of the datalist"
+        )
+    return cases
+
+
+def inference_cases(
+    dataset_dir: str | Path,
+    datalist: str | Path | None = None,
+    section: str = "test",
+    fold: int = 0,
+    channel_files: list[str] | None = None,
+    case_names: str = "pseudonym",
+) -> list[dict[str, Any]]:
+    """Cases for a BagDataset: `case`, `image`, `label`, `patient` and `slice_label` (None where not known).
+
+    Args:
+        dataset_dir: folder with scans, or that of the datalist's image paths.
+        datalist: take these cases instead of all scans below the folder.
+        section: of the datalist.
+        fold: of the datalist.
+        channel_files: one file pattern a modality, for networks of several, see `find_scans`.
+        case_names: "pseudonym" (from a hash of the path below the folder: the same every time) or "path" (the path
+            itself, for data whose names identify nobody).
+
+    Raises:
+        InputError: when the folder is missing or holds no scan, or case_names is another word.
+    """
+    if case_names not in ("pseudonym", "path"):
+        raise InputError(f"case_names must be pseudonym or path, not {case_names!r}")
+    if datalist is not None:
+        return load_datalist(datalist, section, fold, dataset_dir)
+    folder = Path(dataset_dir).expanduser()
+    found = find_scans(folder, channel_files)
+    if found.ignored:
+        logger.info("%d files that are no scans were passed over", found.ignored)
+    cases = []
+    for scan in found.scans:
+        relative = scan.path.relative_to(folder).as_posix()
+        if case_names == "pseudonym":
+            name = f"case-{hashlib.sha256(relative.encode()).hexdigest()[:12]}"
+        else:
+            name = folder.resolve().name if relative == "." else relative
+        case: dict[str, Any] = {"case": name, "label": None, "patient": None, "slice_label": None}
+        images = scan.image if isinstance(scan.image, list) else [scan.image]
+        if isinstance(scan.image, Refusal):
+            case["refusal"] = scan.image
+        elif not all(image.exists() for image in images if isinstance(image, Path)):
+            # Here and not in the reader, whose sentence would name the path.
+            case["refusal"] = Refusal(
+                "missing_file", "The file is not there: it is a link to something that was moved."
+            )
+        else:
+            case["image"] = scan.image
+        cases.append(case)
+    return cases

@@ -1,0 +1,62 @@
+"""Bags of different length → one padded batch and its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["collate_bags"]
+
+PADDING = {"slice_index": -1, "slice_label": -1, "slice_position": float("nan")}
+
+
+def collate_bags(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pad bags to the longest one of the batch.
+
+    Args:
+        bags: bag dictionaries with equal C, H, W and any number of slices above 0. A bag with a `refusal` in place of
+            an image is a case that could not be read; a batch holds either bags or one such case.
+
+    Returns:
+        image (B, N, C, H, W) with 0 as padding, mask (B, N) with True = real slice, slice_index, slice_label (-1 as
+        padding) and slice_position (NaN as padding) (B, N), label (B,) with -1 for unknown, and lists of the rest.
+
+    Raises:
+        InputError: on an empty bag or bags with slices of different shape.
+    """
+    if any("refusal" in bag for bag in bags):
+        if len(bags) > 1:
+            raise InputError("cases that may be refused go through a loader with batch size 1")
+        return {key: [value] for key, value in bags[0].items()}
+    shapes = {tuple(bag["image"].shape[1:]) for bag in bags}
+    if len(shapes) > 1:
+        raise InputError(f"slices of one batch must have one shape (channels, height, width), not {sorted(shapes)}")
+    lengths = torch.tensor([len(bag["image"]) for bag in bags])
+    if not bool((lengths > 0).all()):
+        raise InputError("a bag needs at least one slice")
+    most = int(lengths.max())
+    image = bags[0]["image"].new_zeros(len(bags), most, *bags[0]["image"].shape[1:])
+    for row, bag in zip(image, bags, strict=True):
+        row[: len(bag["image"])] = bag["image"]
+    batch: dict[str, Any] = {
+        "image": image,
+        "mask": torch.arange(most) < lengths[:, None],
+        "label": torch.tensor([-1 if bag.get("label") is None else int(bag["label"]) for bag in bags]),
+    }
+    for field, padding in PADDING.items():
+        batch[field] = torch.stack([_padded(bag[field], most, padding) for bag in bags])
+    for key in bags[0]:
+        if key not in batch:
+            batch[key] = [bag[key] for bag in bags]
+    return batch
+
+
+def _padded(values: Tensor, length: int, padding: float) -> Tensor:
+    out = torch.full((length,), padding, dtype=values.dtype)
+    out[: len(values)] = values
+    return out
