@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, plain_errors
 
 __all__ = [
     "EntmaxSelection",
@@ -134,7 +134,11 @@ class EntmaxSelection(nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         # torch.jit.script asks for this first; without it the refusal would be a page of compiler output.
-        raise RuntimeError("an entmax selection cannot be scripted: use torch.export, or train with a soft selection")
+        plain_errors()  # MONAI's ckpt_export has no `initialize` in which a config could ask for it
+        raise InputError(
+            "an entmax or sparsemax selection cannot be scripted: export it with torch.export, or train with the soft "
+            "selection"
+        )
 
     def forward(self, scores: Tensor, mask: Tensor, temperature: Tensor) -> Tensor:
         import entmax

@@ -1,0 +1,203 @@
+"""Handlers of the evaluator: evidence → case records, tables, metrics and pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.utils import CommonKeys as Keys
+
+from ..errors import InputError
+from ..evaluation.metrics import evaluate_records, write_metrics
+from ..model.network import evidence_of_class
+from .figures import draw_key_slices
+from .records import RECORD_KEYS, case_record, record_file_name, refused_record, write_predictions, write_record
+
+__all__ = ["DrawKeySlices", "WriteMetrics", "WriteRecords", "exit_status"]
+
+logger = logging.getLogger(__name__)
+EXIT_SOME_REFUSED = 3
+
+
+class WriteRecords:
+    """Writes `cases/<case>.json` as each case ends, and `predictions.csv` when all have.
+
+    Args:
+        output_dir: folder of the results.
+        class_names: K names.
+        threshold: with two classes, the probability from which the second is predicted.
+        num_key_slices: key slices noted for each case.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, class_names: Sequence[str], threshold: float = 0.5, num_key_slices: int = 5
+    ) -> None:
+        if not 0 < threshold < 1:
+            raise InputError(f"threshold is a probability between 0 and 1, not {threshold}")
+        if num_key_slices < 1:
+            raise InputError(f"num_key_slices must be at least 1, not {num_key_slices}")
+        self.output_dir, self.class_names = Path(output_dir), list(class_names)
+        self.threshold, self.num_key_slices = threshold, num_key_slices
+        self.records: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._write_table)
+
+    def _start(self) -> None:
+        self.records = []
+
+    def __call__(self, engine: Engine) -> None:
+        batch: dict[str, Any] = engine.state.batch  # type: ignore[assignment]
+        output: dict[str, Any] = engine.state.output  # type: ignore[assignment]
+        if "refusal" in output:
+            new = [
+                refused_record(case, refusal, label=label, patient=patient)
+                for case, refusal, label, patient in zip(
+                    batch["case"], batch["refusal"], batch["label"], batch["patient"], strict=True
+                )
+            ]
+        else:
+            new = self._accepted(batch, output)
+        for record in new:
+            write_record(self.output_dir / "cases", record)
+        self.records += new
+
+    def _accepted(self, batch: dict[str, Any], output: dict[str, Any]) -> list[dict[str, Any]]:
+        probabilities = output[Keys.PRED].float().softmax(dim=-1)  # (B, K)
+        predictions = probabilities.argmax(dim=-1)
+        if probabilities.shape[1] == 2:
+            predictions = (probabilities[:, 1] >= self.threshold).long()
+        evidence = [values.float().cpu().numpy() for values in evidence_of_class(output["evidence"], predictions)]
+        records = []
+        for i, case in enumerate(batch["case"]):
+            real = output["mask"][i].cpu().numpy()
+            scores, weights, attention = (values[i][real] for values in evidence)
+            label = int(batch["label"][i])
+            records.append(
+                case_record(
+                    case,
+                    probabilities=probabilities[i].cpu().numpy(),
+                    class_names=self.class_names,
+                    slice_index=batch["slice_index"][i][real].numpy(),
+                    slice_position=batch["slice_position"][i][real].numpy(),
+                    weights=weights,
+                    attention=attention,
+                    scores=scores,
+                    slice_label=batch["slice_label"][i][real].numpy(),
+                    sop_instance_uids=batch["slice_uid"][i],
+                    label=None if label < 0 else label,
+                    patient=batch["patient"][i],
+                    prediction=int(predictions[i]),
+                    num_key_slices=self.num_key_slices,
+                )
+            )
+        return records
+
+    def _write_table(self) -> None:
+        write_predictions(self.output_dir / "predictions.csv", self.records, self.class_names)
+        # Records of an earlier run into this folder would contradict the table.
+        ours = {record_file_name(record["case"]) for record in self.records}
+        for path in (self.output_dir / "cases").glob("*.json"):
+            if path.name not in ours and _is_record(path):
+                path.unlink()
+
+    def report(self) -> None:
+        """Say on the log what was written and what was refused."""
+        refused = [record for record in self.records if record["status"] == "refused"]
+        logger.info("%d cases classified, %d refused", len(self.records) - len(refused), len(refused))
+        for record in refused:
+            logger.warning("refused %s: %s (%s)", record["case"], record["reason"], record["reason_code"])
+        logger.info("results are in %s", self.output_dir)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is a case record, and not something of the user's."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and all(key in content for key in RECORD_KEYS)
+
+
+class WriteMetrics:
+    """Writes `metrics.json` when all cases have ended; attach it after the records.
+
+    Args:
+        results: the records.
+        resamples: bootstrap resamples over patients.
+        seed: of the resampling.
+    """
+
+    def __init__(self, results: WriteRecords, resamples: int = 1000, seed: int = 0) -> None:
+        self.results, self.resamples, self.seed = results, resamples, seed
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        results = self.results
+        metrics = evaluate_records(results.records, results.class_names, self.resamples, self.seed)
+        write_metrics(results.output_dir / "metrics.json", metrics)
+        for name in ("auc", "accuracy", "f1_macro", "nll"):
+            entry = metrics["scores"].get(name)
+            if entry is not None:
+                logger.info("%s %.3f (%.3f to %.3f)", name, entry["value"], entry["low"], entry["high"])
+
+
+class DrawKeySlices:
+    """Draws `key_slices.png` of the first cases; attach it after the records.
+
+    Args:
+        results: the records.
+        max_cases: rows; 0 draws nothing.
+        channel: shown, of the slice's own channels (not those of its neighbours).
+
+    Raises:
+        InputError: on a negative number.
+    """
+
+    def __init__(self, results: WriteRecords, max_cases: int = 8, channel: int = 0) -> None:
+        if max_cases < 0 or channel < 0:
+            raise InputError(f"figure_cases and channel must be 0 or more, not {max_cases} and {channel}")
+        self.results, self.max_cases, self.channel = results, max_cases, channel
+        self.images: dict[str, np.ndarray] = {}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self._draw)
+
+    def _start(self) -> None:
+        self.images = {}
+
+    def __call__(self, engine: Engine) -> None:
+        batch: dict[str, Any] = engine.state.batch  # type: ignore[assignment]
+        if "image" not in batch:
+            return
+        for i, record in enumerate(self.results.records[-len(batch["case"]) :]):
+            if len(self.images) < self.max_cases:
+                rows = [int(np.flatnonzero(batch["slice_index"][i] == key["index"])[0]) for key in record["key_slices"]]
+                first, _ = batch["own_channels"][i] if "own_channels" in batch else (0, 0)
+                self.images[record["case"]] = batch["image"][i, rows, first + self.channel].float().numpy()
+
+    def _draw(self) -> None:
+        shown = [record for record in self.results.records if record["case"] in self.images]
+        if shown:
+            draw_key_slices(self.results.output_dir / "key_slices.png", shown, self.images, max_cases=self.max_cases)
+
+
+def exit_status(results: WriteRecords) -> None:
+    """End the process with exit status 3 when a case was refused.
+
+    SystemExit, because a config's `finalize` has no other way to a command's exit status.
+    """
+    if any(record["status"] == "refused" for record in results.records):
+        sys.exit(EXIT_SOME_REFUSED)

@@ -1,0 +1,193 @@
+"""One step for training and evaluation: batch → logits, evidence and loss, with mixed precision on CPU and GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from typing import Any
+
+import torch
+from ignite.engine import EventEnum, Events
+from monai.data import MetaTensor
+from monai.engines import SupervisedEvaluator, SupervisedTrainer, Workflow
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys as Keys
+from torch import Tensor
+
+from ..data.dataset import BagSampler
+from ..errors import InputError
+
+__all__ = ["BagEvaluator", "BagEvents", "BagTrainer", "autocast_dtype", "prepare_bags"]
+
+logger = logging.getLogger(__name__)
+
+
+class BagEvents(EventEnum):
+    """Events of a BagTrainer besides ignite's and MONAI's."""
+
+    GRADIENTS_READY = "gradients_ready"  # unscaled, accumulated gradients, once before every optimiser step
+
+
+def autocast_dtype(device: torch.device, amp: bool, precision: str = "auto") -> torch.dtype | None:
+    """The type that convolutions compute in, or None for float32.
+
+    Args:
+        device: of the network.
+        amp: whether to use mixed precision at all.
+        precision: "auto" (bfloat16 where the hardware has it, else float16 on a GPU and float32 on a CPU), "bf16" or
+            "fp16".
+
+    Raises:
+        InputError: on another precision, or fp16 on a CPU.
+    """
+    if precision not in ("auto", "bf16", "fp16"):
+        raise InputError(f"precision must be auto, bf16 or fp16, not {precision!r}")
+    if not amp:
+        return None
+    if device.type == "cuda":
+        # Older GPUs emulate bfloat16, which PyTorch counts as support unless told otherwise.
+        bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.bfloat16 if bf16 else torch.float16
+    if precision == "fp16":
+        raise InputError("precision fp16 needs a GPU; use auto or bf16 on a CPU")
+    if precision == "auto" and not (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return None  # emulated bfloat16 is slower than float32
+    return torch.bfloat16
+
+
+def prepare_bags(
+    batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], dict[str, Any]]:
+    """Image (B, N, C, H, W), label (B,) and further arguments of the network (mask), on the device, as MONAI asks."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        plain = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+        return plain.to(device, non_blocking=non_blocking)
+
+    return moved(batch["image"]), moved(batch["label"]), (moved(batch["mask"]),), {}
+
+
+class _Forward:
+    """The pass that trainer and evaluator share."""
+
+    def _init_precision(self, amp: bool, precision: str) -> None:
+        self.amp_dtype = autocast_dtype(self.state.device, amp, precision)  # type: ignore[attr-defined]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.state.device.type, dtype=self.amp_dtype)  # type: ignore[attr-defined]
+
+    def _forward(self, engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        """Label, mask, logits as `pred` and the BagOutput as `evidence`; the head stays float32 (see the network)."""
+        image, label, (mask,), _ = engine.prepare_batch(
+            batch, engine.state.device, engine.non_blocking, **engine.to_kwargs
+        )
+        with self._autocast():
+            evidence = engine.inferer(image, engine.network, mask)
+        return {Keys.LABEL: label, "mask": mask, Keys.PRED: evidence.logits, "evidence": evidence}
+
+
+class BagTrainer(_Forward, SupervisedTrainer):
+    """MONAI's SupervisedTrainer for bags.
+
+    `network` is an `Evidence` module (or DistributedDataParallel around one), `loss_function` a DualStreamLoss.
+    `state.output` is a dictionary of the batch; it keeps no image.
+
+    Args:
+        *args, **kwargs: of SupervisedTrainer.
+        amp: mixed precision, on CPU too.
+        precision: see `autocast_dtype`.
+    """
+
+    def __init__(self, *args: Any, amp: bool = False, precision: str = "auto", **kwargs: Any) -> None:
+        kwargs.setdefault("prepare_batch", prepare_bags)
+        kwargs.setdefault("decollate", False)
+        super().__init__(*args, amp=False, event_names=[BagEvents], **kwargs)  # type: ignore[misc]
+        self._init_precision(amp, precision)
+        # Only float16 needs its loss scaled: bfloat16 has float32's range.
+        scaled = self.amp_dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.state.device.type) if scaled else None  # type: ignore[assignment]
+        self.add_event_handler(Events.EPOCH_STARTED, self._tell_sampler)
+
+    def _tell_sampler(self) -> None:
+        sampler = getattr(self.data_loader, "sampler", None)
+        if isinstance(sampler, BagSampler):
+            sampler.set_epoch(self.state.epoch)
+
+    def run(self) -> None:  # type: ignore[override]
+        """Train from the state's epoch to max_epochs; a run that is there is left alone (ignite would start anew)."""
+        if self.state.epoch >= self.state.max_epochs:
+            logger.info("training had already reached epoch %d of %d", self.state.epoch, self.state.max_epochs)
+            return
+        with warnings.catch_warnings():
+            # A schedule that steps once a batch does so before the first step of accumulated or skipped gradients.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
+            Workflow.run(self)  # Trainer.run would put None, or a scaler of its own, in the scaler's place
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
+        steps = engine.accumulation_steps
+        position = (engine.state.iteration - 1) % engine.state.epoch_length
+        group = position // steps * steps
+        in_group = min(steps, engine.state.epoch_length - group)  # the last group of an epoch may be shorter
+        engine.network.train()
+        if position == group:
+            engine.optimizer.zero_grad()
+        output = engine.state.output = self._forward(engine, batchdata)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        loss = engine.loss_function(output["evidence"], output[Keys.LABEL], output["mask"])
+        if not bool(torch.isfinite(loss)):
+            cases = ", ".join(batchdata["case"])
+            raise InputError(
+                f"the loss became {float(loss.detach())} in epoch {engine.state.epoch} (cases {cases}): "
+                "lower lr, grad_clip or lambda_confidence, or set amp to false"
+            )
+        output[Keys.LOSS] = loss.detach()
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        scaled = loss / in_group
+        (scaled if engine.scaler is None else engine.scaler.scale(scaled)).backward()
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        if position + 1 == group + in_group:
+            if engine.scaler is not None:
+                engine.scaler.unscale_(engine.optimizer)  # before any handler looks at the gradients
+            engine.fire_event(BagEvents.GRADIENTS_READY)
+            if engine.scaler is not None:
+                engine.scaler.step(engine.optimizer)
+                engine.scaler.update()
+            else:
+                engine.optimizer.step()
+        output["evidence"] = type(output["evidence"])(*(tensor.detach() for tensor in output["evidence"]))
+        output[Keys.PRED] = output["evidence"].logits
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output
+
+
+class BagEvaluator(_Forward, SupervisedEvaluator):
+    """MONAI's SupervisedEvaluator for bags, in evaluation mode and without gradients; see BagTrainer.
+
+    A batch that is one refused case (see `collate_bags`) passes through: its output holds only `refusal`.
+
+    Args:
+        *args, **kwargs: of SupervisedEvaluator.
+        amp: mixed precision, on CPU too.
+        precision: see `autocast_dtype`.
+    """
+
+    def __init__(self, *args: Any, amp: bool = False, precision: str = "auto", **kwargs: Any) -> None:
+        kwargs.setdefault("prepare_batch", prepare_bags)
+        kwargs.setdefault("decollate", False)
+        # MONAI registers handlers in its constructor, and they may look at the precision.
+        super().__init__(*args, amp=False, **kwargs)  # type: ignore[misc]
+        self._init_precision(amp, precision)
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
+        if "refusal" in batchdata:
+            engine.state.output = {"refusal": batchdata["refusal"]}
+            return engine.state.output
+        with engine.mode(engine.network), torch.no_grad():
+            engine.state.output = self._forward(engine, batchdata)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        return engine.state.output

@@ -1,0 +1,321 @@
+"""Handlers that turn an evaluator's batches into records, tables, metrics and pictures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+
+import bundle.results.writer as writer
+from bundle.data.collate import collate_bags
+from bundle.data.transforms import AddNeighboursd
+from bundle.errors import InputError, Refusal
+from bundle.model.network import BagOutput
+from bundle.results.records import read_records
+from bundle.results.writer import DrawKeySlices, WriteMetrics, WriteRecords, exit_status
+
+NAMES = ["no", "yes"]
+
+
+def bag(case, num_slices=6, label=1, uids=False, first=3, **more):
+    generator = torch.Generator().manual_seed(len(case) * 100 + num_slices)
+    return {
+        "case": case,
+        "patient": f"patient {case}",
+        "label": label,
+        "image": torch.rand(num_slices, 1, 8, 8, generator=generator),
+        "slice_index": first + torch.arange(num_slices),
+        "slice_position": 4.0 - 2.5 * torch.arange(num_slices),  # falling: the stored order is the other way round
+        "slice_label": (torch.arange(num_slices) == 1).long(),
+        "slice_uid": [f"1.2.{i}" for i in range(num_slices)] if uids else None,
+        **more,
+    }
+
+
+def refused(case="r", label=None, patient=None):
+    return {
+        "case": case,
+        "label": label,
+        "patient": patient,
+        "refusal": Refusal("missing_slices", "slices are missing"),
+    }
+
+
+def output_of(batch, logits=None, num_classes=2, seed=0):
+    """What an evaluator gives for a batch; weights are a softmax of the scores over the real slices."""
+    if "refusal" in batch:
+        return {"refusal": batch["refusal"]}
+    generator = torch.Generator().manual_seed(seed)
+    num_bags, num_slices = batch["mask"].shape
+    columns = num_classes if num_classes > 2 else 1
+    if logits is None:
+        logits = torch.randn(num_bags, num_classes, generator=generator)
+    scores = torch.randn(num_bags, num_slices, columns, generator=generator)
+    masked = scores.masked_fill(~batch["mask"][..., None], -math.inf)
+    evidence = BagOutput(
+        logits,
+        logits,
+        logits,
+        torch.zeros(num_bags, num_slices, num_classes),
+        scores,
+        masked.softmax(1),
+        (2 * masked).softmax(1),
+    )
+    return {"pred": logits, "label": batch["label"], "mask": batch["mask"], "evidence": evidence}
+
+
+def run(folder, batches, outputs=None, handlers=(), **arguments):
+    """The records handler after a run over the batches."""
+    results = WriteRecords(folder, arguments.pop("class_names", NAMES), **arguments)
+    collated = [collate_bags(bags) for bags in batches]
+    given = iter(outputs or [output_of(batch, seed=i) for i, batch in enumerate(collated)])
+    engine = Engine(lambda engine, batch: next(given))
+    results.attach(engine)
+    for make in handlers:
+        make(results).attach(engine)
+    engine.logger.disabled = True
+    engine.run(collated)
+    return results
+
+
+def record_in(folder, case):
+    (record,) = [record for record in read_records(folder / "cases") if record["case"] == case]
+    return record
+
+
+def test_records_equal_the_evidence(tmp_path):
+    bags = [bag("long", 6, uids=True), bag("short", 3, label=0, uids=True)]
+    batch = collate_bags(bags)
+    output = output_of(batch)
+    run(tmp_path, [bags], [output])
+    probabilities = output["pred"].double().softmax(-1)
+    for i, given in enumerate(bags):
+        record, n = record_in(tmp_path, given["case"]), len(given["image"])
+        assert record["status"] == "accepted"
+        assert (record["label"], record["patient"]) == (given["label"], given["patient"])
+        assert record["probabilities"] == pytest.approx(probabilities[i].tolist(), rel=1e-6)
+        assert record["prediction"] == int(probabilities[i].argmax())
+        assert record["class_names"] == NAMES
+        assert len(record["slices"]) == n  # no padding
+        by_index = {one["index"]: one for one in record["slices"]}
+        for k in range(n):
+            found = by_index[int(given["slice_index"][k])]
+            assert found["position_mm"] == float(given["slice_position"][k])
+            assert found["score"] == pytest.approx(float(output["evidence"].scores[i, k, 0]))
+            assert found["weight"] == pytest.approx(float(output["evidence"].selection_weights[i, k, 0]))
+            assert found["attention"] == pytest.approx(float(output["evidence"].attention[i, k, 0]))
+            assert found["label"] == int(given["slice_label"][k])
+            assert found["sop_instance_uid"] == f"1.2.{k}"
+        positions = [one["position_mm"] for one in record["slices"]]
+        assert positions == sorted(positions)
+        weights = [one["weight"] for one in record["key_slices"]]
+        assert weights == sorted(weights, reverse=True)
+        assert weights[0] == max(one["weight"] for one in record["slices"])
+        assert len(record["key_slices"]) == min(5, n)
+        assert sum(one["weight"] for one in record["slices"]) == pytest.approx(1)
+
+
+def test_with_several_classes_the_evidence_is_that_of_the_predicted_one(tmp_path):
+    bags = [bag("a", 5, label=2), bag("b", 4, label=0)]
+    batch = collate_bags(bags)
+    output = output_of(batch, torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]]), num_classes=3)
+    run(tmp_path, [bags], [output], class_names=["x", "y", "z"])
+    for i, (case, predicted) in enumerate((("a", 1), ("b", 0))):
+        record = record_in(tmp_path, case)
+        assert record["prediction"] == predicted
+        found = {one["index"] - 3: one["score"] for one in record["slices"]}
+        expected = output["evidence"].scores[i, :, predicted]
+        assert found == pytest.approx({k: float(expected[k]) for k in found})
+
+
+def test_an_unknown_label_stays_unknown(tmp_path):
+    run(tmp_path, [[bag("a", label=None)]])
+    record = record_in(tmp_path, "a")
+    assert record["label"] is None
+    assert all(one["sop_instance_uid"] is None for one in record["slices"])
+
+
+@pytest.mark.parametrize(("threshold", "prediction"), [(0.5, 0), (0.2, 1), (0.2499, 1), (0.2501, 0)])
+def test_threshold(tmp_path, threshold, prediction):
+    logits = torch.tensor([[math.log(3.0), 0.0]])  # the second class has probability 0.25
+    bags = [bag("a")]
+    output = output_of(collate_bags(bags), logits)
+    run(tmp_path, [bags], [output], threshold=threshold)
+    assert record_in(tmp_path, "a")["prediction"] == prediction
+
+
+def test_threshold_is_for_two_classes_alone(tmp_path):
+    bags = [bag("a", label=1)]
+    output = output_of(collate_bags(bags), torch.tensor([[0.0, 0.5, 0.2]]), num_classes=3)
+    run(tmp_path, [bags], [output], threshold=0.9, class_names=["x", "y", "z"])
+    assert record_in(tmp_path, "a")["prediction"] == 1
+
+
+def test_refused_cases_are_in_the_same_table_and_the_rest_go_on(tmp_path, caplog):
+    results = run(tmp_path, [[bag("a")], [refused("r", 1, "p9")], [bag("b", 4)], [refused("s")]])
+    record = record_in(tmp_path, "r")
+    assert (record["status"], record["reason_code"], record["reason"]) == (
+        "refused",
+        "missing_slices",
+        "slices are missing",
+    )
+    assert (record["label"], record["patient"], record["prediction"], record["slices"]) == (1, "p9", None, [])
+    rows = (tmp_path / "predictions.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [
+        ["a", "accepted"], ["r", "refused"], ["b", "accepted"], ["s", "refused"]
+    ]  # fmt: skip
+    with caplog.at_level("INFO"):
+        results.report()
+    assert "2 cases classified, 2 refused" in caplog.text
+    assert "refused r: slices are missing (missing_slices)" in caplog.text
+
+
+def test_exit_status(tmp_path):
+    exit_status(run(tmp_path / "good", [[bag("a")]]))
+    with pytest.raises(SystemExit) as ended:
+        exit_status(run(tmp_path / "bad", [[bag("a")], [refused()]]))
+    assert ended.value.code == 3
+
+
+def test_records_are_there_as_soon_as_a_case_has_ended(tmp_path):
+    batches = [[bag("a")], [bag("b")]]
+    results, seen = WriteRecords(tmp_path, NAMES), []
+    collated = [collate_bags(bags) for bags in batches]
+
+    def step(engine, batch):
+        seen.append(sorted(path.name for path in (tmp_path / "cases").glob("*.json")))
+        return output_of(batch)
+
+    engine = Engine(step)
+    results.attach(engine)
+    engine.run(collated)
+    assert seen == [[], ["a.json"]]
+
+
+def test_records_of_an_earlier_run_go_and_other_files_stay(tmp_path):
+    run(tmp_path, [[bag("old")], [bag("a")]])
+    cases = tmp_path / "cases"
+    (cases / "notes.json").write_text('{"mine": 1}')
+    (cases / "list.json").write_text("[1]")
+    (cases / "text.json").write_text("not JSON")
+    (cases / "readme.txt").write_text("x")
+    run(tmp_path, [[bag("a", 4)], [bag("new")]])
+    assert sorted(path.name for path in cases.iterdir()) == [
+        "a.json", "list.json", "new.json", "notes.json", "readme.txt", "text.json"
+    ]  # fmt: skip
+    assert len(record_in_file(cases / "a.json")["slices"]) == 4
+
+
+def record_in_file(path: Path):
+    return json.loads(path.read_text())
+
+
+def test_an_engine_that_runs_twice_counts_once(tmp_path):
+    results = WriteRecords(tmp_path, NAMES)
+    engine = Engine(lambda engine, batch: output_of(batch))
+    results.attach(engine)
+    for _ in range(2):
+        engine.run([collate_bags([bag("a")])], max_epochs=1)
+    assert len(results.records) == 1
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"threshold": 0.0}, "threshold is a probability between 0 and 1, not 0.0"),
+        ({"threshold": 1.0}, "threshold is a probability"),
+        ({"threshold": math.nan}, "threshold is a probability"),
+        ({"num_key_slices": 0}, "num_key_slices must be at least 1, not 0"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        WriteRecords(tmp_path, NAMES, **arguments)
+
+
+def test_weights_that_are_not_finite_give_no_record(tmp_path):
+    bags = [bag("a")]
+    output = output_of(collate_bags(bags), torch.tensor([[math.nan, 0.0]]))
+    with pytest.raises(InputError, match="case 'a': probabilities holds a value that is not finite"):
+        run(tmp_path, [bags], [output])
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+# --- metrics ---
+
+
+def test_metrics_of_the_records(tmp_path, caplog):
+    bags = [bag(f"c{i}", 3 + i, label=i % 2) for i in range(6)]
+    batches = [*([one] for one in bags), [refused()]]
+    outputs = []
+    for i, batch in enumerate(map(collate_bags, batches)):
+        right = torch.tensor([[0.0, 2.0 * (i % 2) - 1]])  # positive for the second class where the label is
+        outputs.append(output_of(batch, right, seed=i))
+    with caplog.at_level("INFO"):
+        run(tmp_path, batches, outputs, [lambda results: WriteMetrics(results, resamples=50)])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["scores"]["auc"]["value"] == 1.0
+    assert metrics["scores"]["accuracy"]["value"] == 1.0
+    assert "auc 1.000 (" in caplog.text
+
+
+# --- pictures ---
+
+
+def drawn(tmp_path, monkeypatch, batches, outputs=None, **arguments):
+    """The arguments of draw_key_slices, or None when nothing was drawn."""
+    calls = []
+    monkeypatch.setattr(writer, "draw_key_slices", lambda *given, **named: calls.append((*given, named)))
+    results = run(tmp_path, batches, outputs, [lambda results: DrawKeySlices(results, **arguments)])
+    return results, (calls[0] if calls else None)
+
+
+def test_pictures_are_the_key_slices_in_their_order(tmp_path, monkeypatch):
+    batches = [[bag("a", 7), bag("b", 2)], [refused()], [bag("c", 1)]]
+    results, (path, shown, images, _) = drawn(tmp_path, monkeypatch, batches)
+    assert path == tmp_path / "key_slices.png"
+    assert [record["case"] for record in shown] == ["a", "b", "c"]
+    bags = {one["case"]: one for batch in batches for one in batch}
+    for record in results.records:
+        if record["status"] == "accepted":
+            given = bags[record["case"]]
+            expected = [given["image"][key["index"] - 3, 0].numpy() for key in record["key_slices"]]
+            np.testing.assert_array_equal(images[record["case"]], np.stack(expected))
+
+
+def test_of_2_5d_bags_the_slice_itself_is_shown(tmp_path, monkeypatch):
+    plain = bag("a", 5)
+    wide = AddNeighboursd("image", 2)(plain)
+    assert wide["image"].shape[1] == 5
+    results, (_, _, images, _) = drawn(tmp_path, monkeypatch, [[wide]])
+    (record,) = results.records
+    expected = [plain["image"][key["index"] - 3, 0].numpy() for key in record["key_slices"]]
+    np.testing.assert_array_equal(images["a"], np.stack(expected))
+
+
+def test_another_channel_can_be_shown(tmp_path, monkeypatch):
+    two = bag("a", 3, image=torch.rand(3, 2, 8, 8))
+    results, (_, _, images, _) = drawn(tmp_path, monkeypatch, [[two]], channel=1)
+    first = results.records[0]["key_slices"][0]["index"] - 3
+    np.testing.assert_array_equal(images["a"][0], two["image"][first, 1].numpy())
+
+
+def test_no_more_cases_than_asked_for(tmp_path, monkeypatch):
+    batches = [[bag("a"), bag("b")], [bag("c")]]
+    _, (_, shown, images, named) = drawn(tmp_path, monkeypatch, batches, max_cases=2)
+    assert [record["case"] for record in shown] == sorted(images) == ["a", "b"]
+    assert named == {"max_cases": 2}
+    assert drawn(tmp_path, monkeypatch, batches, max_cases=0)[1] is None
+    assert drawn(tmp_path, monkeypatch, [[refused()]])[1] is None
+    with pytest.raises(InputError, match="figure_cases and channel must be 0 or more"):
+        DrawKeySlices(None, max_cases=-1)  # type: ignore[arg-type]
+
+
+def test_a_picture_of_bags_shorter_than_the_key_slices(tmp_path):
+    batches = [[bag("one slice", 1)], [bag("two slices", 2)], [bag("many", 9)]]
+    run(tmp_path, batches, None, [DrawKeySlices], num_key_slices=5)
+    assert (tmp_path / "key_slices.png").stat().st_size > 10_000
