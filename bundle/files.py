@@ -29,7 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
+        # The suffixes stay: nibabel chooses a format by them.
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
     except OSError as error:
         raise InputError(f"cannot write {target.name}: {error.strerror}; choose a folder that is writable") from error
     os.close(handle)

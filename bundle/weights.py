@@ -32,12 +32,12 @@ def save_atomically(content: Mapping[str, Any], path: str | Path, keep_previous:
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            spare = temporary.with_suffix(".previous")
-            try:
-                os.link(path, spare)  # a second name, so that there is a file under `path` at every moment
-            except OSError:  # file systems without hard links
-                shutil.copyfile(path, spare)
-            os.replace(spare, previous_of(path))
+            with replacing(previous_of(path)) as spare:
+                spare.unlink()
+                try:
+                    os.link(path, spare)  # a second name, so that there is a file under `path` at every moment
+                except OSError:  # file systems without hard links
+                    shutil.copyfile(path, spare)
 
 
 def previous_of(path: Path) -> Path:

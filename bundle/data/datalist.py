@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,21 +134,11 @@ def _check_fold(path: Path, number: int, fold: dict[str, list[str]], patients: d
                 )
 
 
-def _check_classes(path: Path, names: list[str], expected: list[str]) -> None:
-    numbers = [str(label) for label in range(len(expected))]
-    if names not in (expected, numbers):
-        raise InputError(
-            f"{path} has the classes {', '.join(names)}, but {', '.join(map(str, expected))} are expected, in this "
-            "order: correct class_names, or make the datalist again with --classes"
-        )
-
-
 def load_datalist(
     path: str | os.PathLike[str],
     section: str,
     fold: int = 0,
     dataset_dir: str | os.PathLike[str] | None = None,
-    expected_classes: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Read the cases of one section of one fold.
 
@@ -159,8 +148,6 @@ def load_datalist(
         fold: number of the fold, from 0.
         dataset_dir: the folder that image paths are relative to, in which case every image must exist; by default the
             folder of the datalist, unchecked.
-        expected_classes: the class names that a network or a config means, checked against those of the datalist. A
-            datalist whose labels were the integers 0 to K - 1 has no names of its own and agrees with any K names.
 
     Returns:
         A list of dicts with `case` (str), `image` (absolute path, or a list of them), `label` (int), `patient` (str)
@@ -174,8 +161,6 @@ def load_datalist(
     datalist = _read(path)
     if section not in SECTIONS:
         raise InputError(f"a datalist has no section {section!r}: choose one of {', '.join(SECTIONS)}")
-    if expected_classes is not None:
-        _check_classes(path, datalist["class_names"], list(expected_classes))
     folds = datalist["folds"]
     if type(fold) is not int or not 0 <= fold < len(folds):
         raise InputError(f"{path} has folds 0 to {len(folds) - 1}, not {fold!r}: choose one of these")

@@ -16,10 +16,10 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ..errors import InputError, command_line
+from ..files import replacing
 from .case_table import CaseColumns, CaseTable, read_cases
 from .datalist import FORMAT, SECTIONS, content_hash
 from .slice_table import SliceColumns, add_slice_truth
-from .table import replacing
 
 __all__ = ["make_datalist", "make_folds", "write_datalist"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, command_line
-from .table import replacing
+from ..files import replacing
 
 __all__ = ["MD5", "download", "import_medmnist"]
 

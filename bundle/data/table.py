@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
 
-__all__ = ["Problems", "Row", "as_integer", "read_table", "replacing", "require_columns"]
+__all__ = ["Problems", "Row", "as_integer", "read_table", "require_columns"]
 
 
 @dataclass(frozen=True)
@@ -46,23 +42,6 @@ class Problems:
         if self.sentences:
             count = f"{len(self.sentences)} problem{'s' if len(self.sentences) > 1 else ''}"
             raise InputError("\n  ".join([f"{self.path}: {count}; nothing was written", *self.sentences]))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, with its suffixes, and move it there only when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix="".join(path.suffixes[-2:]))
-    os.close(handle)
-    # mkstemp makes files for the owner only; results are to follow the user's umask as any other file does.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(name, 0o666 & ~umask)
-    try:
-        yield Path(name)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def read_table(path: Path, problems: Problems) -> tuple[list[str], list[Row]]:

@@ -470,20 +470,6 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path: Path) -> None:
     assert load_datalist(path, "test", 0, tmp_path)
 
 
-def test_expected_classes(tmp_path: Path) -> None:
-    path = saved(tmp_path)
-    assert load_datalist(path, "training", 0, None, ["negative", "positive"]), "integer labels have no names"
-    with pytest.raises(InputError, match="are expected"):
-        load_datalist(path, "training", 0, None, ["a", "b", "c"])
-    named = saved(tmp_path, lambda d: d.update(class_names=["II", "III"]))
-    assert load_datalist(named, "training", 0, None, ("II", "III"))
-    with pytest.raises(InputError, match="has the classes II, III, but III, II are expected"):
-        load_datalist(named, "training", 0, None, ["III", "II"])
-
-
-# Real tables
-
-
 def test_real_tables(data_dir: Path, tmp_path: Path) -> None:
     table = data_dir / "ct_ich" / "volumes.csv"
     columns = SliceColumns(label="hemorrhage", case="patient")

@@ -375,7 +375,7 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch, moment):
     monkeypatch.undo()
     assert number_in(path) == 2
     assert number_in(previous_of(path)) == 1
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".part-*"))
 
 
 def test_a_kill_in_the_middle_of_writing_leaves_the_old_file(tmp_path, monkeypatch):

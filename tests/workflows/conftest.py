@@ -80,9 +80,11 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def monai() -> Command:
     """Runs `python -m monai.bundle …` in the repository root and gives what it printed; checks the exit status."""
 
-    def run(*arguments: str, status: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, status: int = 0, cwd: Path = ROOT, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "monai.bundle", *arguments]
-        done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
         assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         return done
 
