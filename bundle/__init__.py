@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "data.augment": "RandBagAffined RandSliceIntensityd",
-    "data.cases": "inference_cases labelled_cases",
+    "data.cases": "check_held_out inference_cases labelled_cases split_of",
     "data.collate": "collate_bags",
     "data.dataset": "BagDataset BagSampler watched",
     "data.reader": "LoadImageStrictd",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pydoc import locate
@@ -23,6 +24,14 @@ NOT_PART_OF_A_RUN = (
     "bundle_root", "output_dir", "dataset_dir", "device", "num_workers", "progress", "resume", "resume_changed",
     "initialize", "run", "finalize", "trusted_modules",
 )  # fmt: skip
+# What no constructor checks before something is built or written. The threshold's ends would predict one class always.
+RANGES = {
+    "max_epochs": (1, math.inf), "batch_size": (1, math.inf), "accumulation_steps": (1, math.inf),
+    "val_interval": (1, math.inf), "num_workers": (0, math.inf), "stability_cases": (1, math.inf),
+    "early_stop_patience": (0, math.inf), "weight_decay": (0, math.inf), "lr": (0, math.inf),
+    "classifier_lr": (0, math.inf), "dropout": (0, 0.99), "threshold": (0.001, 0.999), "resamples": (1, math.inf),
+    "num_key_slices": (1, math.inf), "figure_cases": (0, math.inf),
+}  # fmt: skip
 ARGUMENTS_OF_MONAI = ConfigComponent.non_arg_keys
 
 
@@ -84,6 +93,7 @@ def check_config(*workflows: str, weights: str | Path | None = None, trusted_mod
     for key, default in base.items():
         if key in config:
             value, problem = _coerced(key, config[key], default)
+            problem = problem or _out_of_range(key, value)
             if problem:
                 problems.append(problem)
             else:
@@ -98,13 +108,17 @@ def check_config(*workflows: str, weights: str | Path | None = None, trusted_mod
     parser.parse(reset=True)
 
 
-def run_settings() -> dict[str, str]:
+def run_settings(split: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The whole config of this run as {top-level key: canonical JSON}, less what changes no result.
 
     Saved in checkpoints, so that a run is not resumed with other settings by accident.
+
+    Args:
+        split: identifies the content of the datalist, whose path alone says little.
     """
     config: dict[str, Any] = config_in_use().config  # type: ignore[assignment]
     kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN and key != META}
+    kept["split"] = dict(split or {})
     return {key: json.dumps(value, sort_keys=True, default=str) for key, value in kept.items()}
 
 
@@ -174,9 +188,20 @@ def _coerced(key: str, value: Any, default: Any) -> tuple[Any, str | None]:
     return (str(value), None) if isinstance(value, str) or number else (value, f"{key} must be text, not {value!r}")
 
 
+def _out_of_range(key: str, value: Any) -> str | None:
+    low, high = RANGES.get(key, (-math.inf, math.inf))
+    if not isinstance(value, (int, float)) or low <= value <= high:
+        return None
+    return (
+        f"{key} must be {low} or more, not {value}"
+        if high == math.inf
+        else f"{key} must be {low} to {high}, not {value}"
+    )
+
+
 def _unknown_arguments(config: Any, where: str) -> Iterator[str]:
-    """A sentence for every argument that the `_target_` beside it does not take."""
-    if isinstance(config, Mapping):
+    """A sentence for every argument that the `_target_` beside it does not take; 'true' and 'false' become booleans."""
+    if isinstance(config, dict):
         target = config.get("_target_")
         if isinstance(target, str) and not ConfigExpression.is_expression(target):
             yield from _arguments_of(target, config, where)
@@ -188,16 +213,19 @@ def _unknown_arguments(config: Any, where: str) -> Iterator[str]:
             yield from _unknown_arguments(value, f"{where}{index}::")
 
 
-def _arguments_of(target: str, config: Mapping[str, Any], where: str) -> Iterator[str]:
+def _arguments_of(target: str, config: dict[str, Any], where: str) -> Iterator[str]:
     found = locate(target) if "." in target else None  # MONAI looks bare names up in its own tables
     if "." in target and found is None:
         yield f"{where}_target_: there is nothing called '{target}' to import"
     names = _parameters_of(found)
     if names is None:
         return
-    for key in config:
+    for key, value in config.items():
         if key not in names and key not in ARGUMENTS_OF_MONAI:
             yield f"'{where}{key}': {target} takes no such argument{_meant(key, dict.fromkeys(names))}"
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            # The command line gives text, and every text but the empty one counts as true.
+            config[key] = value.lower() == "true"
 
 
 def _parameters_of(found: Any) -> list[str] | None:

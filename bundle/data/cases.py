@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Refusal
+from ..weights import read_checkpoint
 from .datalist import class_names as class_names_of
-from .datalist import load_datalist
+from .datalist import hash_of, load_datalist
 from .scans import find_scans
 
-__all__ = ["inference_cases", "labelled_cases"]
+__all__ = ["check_held_out", "inference_cases", "labelled_cases", "split_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,48 @@ def labelled_cases(
         class_names: of the network.
 
     Raises:
-        InputError: as `load_datalist`, and when the datalist has another number of classes, or another order.
+        InputError: as `load_datalist`, and when the datalist has other classes, or another order of them.
     """
     cases = load_datalist(datalist, section, fold, dataset_dir)
     in_list = class_names_of(datalist)
+    # Labels that are numbers in the table have no names that could be mixed up.
+    if in_list == [str(number) for number in range(len(class_names))]:
+        return cases
     if len(in_list) != len(class_names):
         raise InputError(
             f"the config has {len(class_names)} class names ({', '.join(class_names)}), {Path(datalist).name} has "
             f"{len(in_list)} ({', '.join(in_list)}): set class_names to those of the datalist"
         )
-    moved = [name for name in class_names if name in in_list and in_list.index(name) != list(class_names).index(name)]
-    if moved:
+    if in_list != list(class_names):
         raise InputError(
-            f"class {moved[0]!r} is number {list(class_names).index(moved[0])} in the config and number "
-            f"{in_list.index(moved[0])} in {Path(datalist).name}: set class_names to those of the datalist"
+            f"the config's class names ({', '.join(class_names)}) are not those of {Path(datalist).name} "
+            f"({', '.join(in_list)}): set class_names to those of the datalist, in its order"
         )
     return cases
+
+
+def split_of(datalist: str | Path, fold: int) -> dict[str, Any]:
+    """What identifies a split: the datalist's content and the fold."""
+    return {"datalist": hash_of(datalist), "fold": fold}
+
+
+def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section: str) -> None:
+    """Refuse to evaluate weights on another fold of the datalist that they were trained on.
+
+    Raises:
+        InputError: when they were: the other fold's test cases are among their training cases.
+    """
+    trained_on = read_checkpoint(weights).get("trained_on") or {}
+    if not trained_on:
+        return
+    here = split_of(datalist, fold)
+    if here["datalist"] != trained_on["datalist"]:
+        logger.warning("the weights were trained on another datalist: make sure that no patient is in both")
+    elif here["fold"] != trained_on["fold"]:
+        raise InputError(
+            f"the weights were trained on fold {trained_on['fold']} of this datalist, and the {section} cases of fold "
+            f"{fold} are among their training cases: set fold to {trained_on['fold']}"
+        )
 
 
 def inference_cases(

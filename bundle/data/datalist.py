@@ -71,6 +71,11 @@ def content_hash(datalist: dict[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def hash_of(path: str | os.PathLike[str]) -> str:
+    """The content hash of a datalist file, whether it carries one or not."""
+    return content_hash(_read(Path(path)))
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Read a datalist and check all that can be checked without the images."""
     try:

@@ -64,6 +64,11 @@ class BagDataset(monai.data.Dataset):
             return dict(self.transform(case, end=self._preparation_end))
         except Exception as error:
             refusal = input_error_behind(error)
+            if refusal is None and self.keep_refused and (cause := _machine_error_behind(error)) is not None:
+                # One scan too large or one disk error must not take the other cases' results away.
+                refusal = Refusal(
+                    "unreadable", f"the scan could not be loaded ({type(cause).__name__}): try it by itself"
+                )
             if refusal is None:
                 raise
             return {key: case.get(key) for key in ("case", "label", "patient")} | {"refusal": refusal}
@@ -111,6 +116,12 @@ def watched(dataset: BagDataset, draw: Transform, count: int) -> BagDataset:
     if dataset._prepared is not None:
         part._prepared = [dataset._prepared[i] for i in chosen]
     return part
+
+
+def _machine_error_behind(error: BaseException | None) -> OSError | MemoryError | None:
+    while error is not None and not isinstance(error, (OSError, MemoryError)):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class BagSampler(Sampler[tuple[int, int]]):

@@ -13,7 +13,7 @@ import numpy as np
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys as Keys
 
-from ..errors import InputError
+from ..errors import InputError, Refusal
 from ..evaluation.metrics import evaluate_records, write_metrics
 from ..model.network import evidence_of_class
 from .figures import draw_key_slices
@@ -65,12 +65,12 @@ class WriteRecords:
                 )
             ]
         else:
-            new = self._accepted(batch, output)
+            new = self._classified(batch, output)
         for record in new:
             write_record(self.output_dir / "cases", record)
         self.records += new
 
-    def _accepted(self, batch: dict[str, Any], output: dict[str, Any]) -> list[dict[str, Any]]:
+    def _classified(self, batch: dict[str, Any], output: dict[str, Any]) -> list[dict[str, Any]]:
         probabilities = output[Keys.PRED].float().softmax(dim=-1)  # (B, K)
         predictions = probabilities.argmax(dim=-1)
         if probabilities.shape[1] == 2:
@@ -80,11 +80,17 @@ class WriteRecords:
         for i, case in enumerate(batch["case"]):
             real = output["mask"][i].cpu().numpy()
             scores, weights, attention = (values[i][real] for values in evidence)
-            label = int(batch["label"][i])
+            known = {"label": int(batch["label"][i]), "patient": batch["patient"][i]}
+            known["label"] = None if known["label"] < 0 else known["label"]
+            probability = probabilities[i].cpu().numpy()
+            if not all(np.isfinite(values).all() for values in (probability, scores, weights, attention)):
+                sentence = "the network gave no finite number for this case: check the weights and the intensities"
+                records.append(refused_record(case, Refusal("non_finite_output", sentence), **known))
+                continue
             records.append(
                 case_record(
                     case,
-                    probabilities=probabilities[i].cpu().numpy(),
+                    probabilities=probability,
                     class_names=self.class_names,
                     slice_index=batch["slice_index"][i][real].numpy(),
                     slice_position=batch["slice_position"][i][real].numpy(),
@@ -93,10 +99,9 @@ class WriteRecords:
                     scores=scores,
                     slice_label=batch["slice_label"][i][real].numpy(),
                     sop_instance_uids=batch["slice_uid"][i],
-                    label=None if label < 0 else label,
-                    patient=batch["patient"][i],
                     prediction=int(predictions[i]),
                     num_key_slices=self.num_key_slices,
+                    **known,
                 )
             )
         return records
@@ -105,7 +110,7 @@ class WriteRecords:
         write_predictions(self.output_dir / "predictions.csv", self.records, self.class_names)
         # Records of an earlier run into this folder would contradict the table.
         ours = {record_file_name(record["case"]) for record in self.records}
-        for path in (self.output_dir / "cases").glob("*.json"):
+        for path in (self.output_dir / "cases").glob("[!.]*.json"):
             if path.name not in ours and _is_record(path):
                 path.unlink()
 
@@ -184,7 +189,9 @@ class DrawKeySlices:
             return
         for i, record in enumerate(self.results.records[-len(batch["case"]) :]):
             if len(self.images) < self.max_cases:
-                rows = [int(np.flatnonzero(batch["slice_index"][i] == key["index"])[0]) for key in record["key_slices"]]
+                # By position: where a volume was resampled, one stored slice may stand for several.
+                position = batch["slice_position"][i].numpy()
+                rows = [int(np.nanargmin(np.abs(position - key["position_mm"]))) for key in record["key_slices"]]
                 first, _ = batch["own_channels"][i] if "own_channels" in batch else (0, 0)
                 self.images[record["case"]] = batch["image"][i, rows, first + self.channel].float().numpy()
 

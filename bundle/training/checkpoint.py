@@ -39,6 +39,7 @@ class BestModel:
         metric: name of the deciding metric with its prefix, such as "val_auc".
         anneal: with it, epochs count only once the temperature has reached its end: before that the network is
             another one than inference would use.
+        trained_on: datalist and fold, saved too, so that evaluation can refuse cases that the weights have seen.
 
     An epoch whose metric is not defined (NaN) is never the best. When no epoch qualifies, the last one is saved.
     """
@@ -51,8 +52,10 @@ class BestModel:
         evaluator: Engine,
         metric: str,
         anneal: AnnealTemperature | None = None,
+        trained_on: Mapping[str, Any] | None = None,
     ) -> None:
         self.network, self.recipe, self.path = network, recipe, Path(path)
+        self.trained_on = dict(trained_on or {})
         self.evaluator, self.metric, self.anneal = evaluator, metric, anneal
         self.value, self.epoch, self.stale = math.nan, 0, 0
 
@@ -61,6 +64,11 @@ class BestModel:
         engine.add_event_handler(Events.COMPLETED, self._fall_back)
 
     def __call__(self, engine: Engine) -> None:
+        self._consider(engine)
+        if engine.state.epoch >= (engine.state.max_epochs or 0):
+            self._fall_back(engine)  # before the last checkpoint, after which a killed run has nothing left to do
+
+    def _consider(self, engine: Engine) -> None:
         if self.evaluator.state.epoch != engine.state.epoch:
             return  # not validated in this epoch
         if self.anneal is not None and not self.anneal.at_end(engine):
@@ -93,6 +101,7 @@ class BestModel:
             "epoch": engine.state.epoch,
             "metric": self.metric,
             "value": self.value,
+            "trained_on": self.trained_on,
         }
         save_atomically(content, self.path)
 

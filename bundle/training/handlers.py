@@ -56,7 +56,10 @@ class AnnealTemperature:
         engine.state.metrics["temperature"] = value
 
     def at_end(self, engine: Engine) -> bool:
-        """Whether the temperature of the engine's present epoch is the end temperature."""
+        """Whether the present epoch's selection is the final one: at the end temperature and, with two phases, hard."""
+        selection = self.network.selection
+        if isinstance(selection, TwoPhaseSelection) and not bool(selection.hard_phase):
+            return False
         return engine.state.epoch - 1 >= self.schedule.last_step(engine.state.max_epochs or 1)
 
 

@@ -10,8 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data.cases import inference_cases, labelled_cases
+from bundle.data.cases import check_held_out, inference_cases, labelled_cases, split_of
 from bundle.errors import InputError, Refusal
+from bundle.weights import save_atomically
 from tests.data.dicom_factory import CANARY, make_series
 
 
@@ -137,14 +138,28 @@ def test_labelled_cases_are_of_the_networks_classes(tmp_path: Path) -> None:
     path = write_datalist(tmp_path, ["no", "yes"])
     found = labelled_cases(path, "training", 0, tmp_path, ["no", "yes"])
     assert [(case["case"], case["label"]) for case in found] == [("c0", 0), ("c1", 1)]
-    assert found == labelled_cases(path, "training", 0, tmp_path, ["absent", "present"])
+    numbered = write_datalist(tmp_path, ["0", "1"])
+    assert found == labelled_cases(numbered, "training", 0, tmp_path, ["absent", "present"])
     with pytest.raises(InputError, match="has 3 class names .* has 2"):
         labelled_cases(path, "training", 0, tmp_path, ["no", "perhaps", "yes"])
 
 
-@pytest.mark.parametrize("names", [["yes", "no"], ["yes", "other"], ["other", "no"]])
-def test_classes_in_another_order_are_refused(tmp_path: Path, names: list[str]) -> None:
+@pytest.mark.parametrize("names", [["yes", "no"], ["yes", "other"], ["other", "no"], ["absent", "present"]])
+def test_other_classes_or_another_order_are_refused(tmp_path: Path, names: list[str]) -> None:
     path = write_datalist(tmp_path, ["no", "yes"])
-    with pytest.raises(InputError, match="is number . in the config and number . in datalist.json") as caught:
+    with pytest.raises(InputError, match="are not those of datalist.json") as caught:
         labelled_cases(path, "training", 0, tmp_path, names)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_are_not_evaluated_on_another_fold_of_their_datalist(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_datalist(tmp_path, ["no", "yes"])
+    weights = tmp_path / "model.pt"
+    save_atomically({"model": {}, "trained_on": split_of(path, 1)}, weights)
+    check_held_out(weights, path, 1, "test")
+    with pytest.raises(InputError, match="trained on fold 1 of this datalist.*set fold to 1"):
+        check_held_out(weights, path, 0, "test")
+    check_held_out(weights, write_datalist(tmp_path, ["0", "1"]), 0, "test")
+    assert "another datalist" in caplog.text

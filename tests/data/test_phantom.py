@@ -120,7 +120,7 @@ def test_blobs_lie_in_the_brain_and_in_few_slices():
         assert 1 <= len(blobs) <= 2
         for blob in blobs:
             assert 0 < blob.first <= blob.last < grid.shape[2]
-            assert 3 <= blob.last - blob.first + 1 <= max(7, grid.shape[2] // 9)
+            assert 3 <= blob.last - blob.first + 1 <= max(7, grid.shape[2] // 7)
             middle = np.array([[*blob.centre, (blob.first + blob.last) / 2]])
             assert grid.depth(middle).item() < 0.7
 
@@ -406,22 +406,36 @@ def cross_validated_auc(features: np.ndarray, labels: np.ndarray, strength: floa
     return float(roc_auc_score(labels, scores))
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
-def test_intensity_statistics_do_not_tell_the_label(modality):
-    labels, whole, resized = [], [], []
-    for number in range(1, 121):
-        case = make_case(0, number, modality)
-        slices = np.moveaxis(case.array, -1, 0).astype(np.float32)
-        # To [0, 1], as preparation does: percentiles for MR, a brain window for CT.
-        top = 80.0 if modality == "ct" else np.percentile(slices[:, ::4, ::4], 99.5)
-        slices = np.clip(slices / np.float32(top), 0, 1)
-        labels.append(case.label)
-        whole.append(statistics(slices[:, ::2, ::2]))
-        resized.append(statistics(halved(slices)))
-    truth = np.array(labels)
-    for features in (np.array(whole), np.array(resized)):
+def cohort_statistics(seeds: range, modality: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of all pixels (every other row and column), of pixels averaged by resizing, and labels; 120 cases a seed."""
+    whole, resized, labels = [], [], []
+    for seed in seeds:
+        for number in range(1, 121):
+            case = make_case(seed, number, modality)
+            slices = np.moveaxis(case.array, -1, 0).astype(np.float32)
+            # To [0, 1], as preparation does: percentiles for MR, a brain window for CT.
+            top = 80.0 if modality == "ct" else np.percentile(slices[:, ::4, ::4], 99.5)
+            slices = np.clip(slices / np.float32(top), 0, 1)
+            labels.append(case.label)
+            whole.append(statistics(slices[:, ::2, ::2]))
+            resized.append(statistics(halved(slices)))
+    return np.array(whole), np.array(resized), np.array(labels)
+
+
+def test_intensity_statistics_do_not_tell_the_label():
+    # With 120 cases shuffled labels alone scatter this AUC by 0.075 (standard deviation), so one cohort says little.
+    whole, resized, labels = cohort_statistics(range(2), "mr")
+    for features in (whole, resized):
         for strength in (0.001, 0.03, 1.0):
-            assert cross_validated_auc(features, truth, strength) <= 0.65
+            assert cross_validated_auc(features, labels, strength) <= 0.65
     # The same statistics do see a cue that is there: a tenth more contrast in the positive cases.
-    marked = [features * (1.1 if label else 1.0) for features, label in zip(whole, labels, strict=True)]
-    assert cross_validated_auc(np.array(marked), truth, 1.0) > 0.75
+    assert cross_validated_auc(whole * np.where(labels, 1.1, 1.0)[:, None], labels, 1.0) > 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_intensity_statistics_of_many_cases_do_not_tell_the_label(modality):
+    whole, resized, labels = cohort_statistics(range(8), modality)
+    for features in (whole, resized):
+        for strength in (0.001, 0.03, 1.0):
+            assert cross_validated_auc(features, labels, strength) <= 0.6

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchmil.models import DSMIL
 
 from bundle.model.network import BagOutput, DualStreamMIL, Evidence, evidence_of_class
 from bundle.model.selection import EntmaxSelection, HardSelection, MeanSelection, SoftSelection, TopKSelection
@@ -155,9 +156,8 @@ def test_hard_selection_equals_a_loop_written_dsmil(num_classes):
 
 
 def test_hard_selection_equals_torchmil():
-    dsmil = pytest.importorskip("torchmil.models").DSMIL
     torch.manual_seed(0)
-    peer = dsmil(in_shape=(16,), att_dim=32, nonlinear_q=True, nonlinear_v=True).eval()
+    peer = DSMIL(in_shape=(16,), att_dim=32, nonlinear_q=True, nonlinear_v=True).eval()
     ours = DualStreamMIL(Flat(), HardSelection(), 1, 16, 1, query_features=32).eval()
     ours.query.load_state_dict(peer.q_nn.state_dict())
     ours.value.load_state_dict(peer.v_nn.state_dict())

@@ -237,12 +237,13 @@ def test_impossible_settings_are_refused(tmp_path, arguments, sentence):
         WriteRecords(tmp_path, NAMES, **arguments)
 
 
-def test_weights_that_are_not_finite_give_no_record(tmp_path):
-    bags = [bag("a")]
-    output = output_of(collate_bags(bags), torch.tensor([[math.nan, 0.0]]))
-    with pytest.raises(InputError, match="case 'a': probabilities holds a value that is not finite"):
-        run(tmp_path, [bags], [output])
-    assert not (tmp_path / "predictions.csv").exists()
+def test_numbers_that_are_not_finite_refuse_their_case_alone(tmp_path):
+    bags = [[bag("a")], [bag("b")]]
+    logits = (torch.tensor([[math.nan, 0.0]]), torch.tensor([[1.0, 0.0]]))
+    run(tmp_path, bags, [output_of(collate_bags(one), value) for one, value in zip(bags, logits, strict=True)])
+    text = (tmp_path / "predictions.csv").read_text()
+    assert "non_finite_output" in text
+    assert [line.split(",")[1] for line in text.splitlines()[1:]] == ["refused", "accepted"]
 
 
 # --- metrics ---

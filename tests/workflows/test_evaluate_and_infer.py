@@ -3,14 +3,19 @@
 import csv
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pydicom import dcmread
 
-from .conftest import make_volume, train_arguments
+from bundle.data.phantom import make_case
+from bundle.data.phantom_files import write_dicom
+
+from .conftest import ROOT, environment, make_volume, train_arguments
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -109,6 +114,46 @@ def test_inference_repeats_exactly_and_names_nobody(scans, trained, tmp_path, mo
         assert "good_a" not in (output / "predictions.csv").read_text() + done.stdout + done.stderr
     first, second = ((output / "predictions.csv").read_text() for output in outputs)
     assert first == second
+
+
+def test_dicom_series_are_classified_down_to_the_instance(trained, tmp_path, monai):
+    """A good series, one that lacks a slice, and a canary in the patient's name that must turn up nowhere."""
+    scans = tmp_path / "scans"
+    for number in (1, 2):
+        write_dicom(make_case(3, number), scans / f"series_{number}")
+    for path in (scans / "series_1").iterdir():
+        dataset = dcmread(path)
+        dataset.PatientName = dataset.PatientID = dataset.StudyDescription = "CANARY"
+        dataset.save_as(path)
+    in_order = sorted((scans / "series_2").iterdir(), key=lambda path: dcmread(path).ImagePositionPatient[2])
+    in_order[len(in_order) // 2].unlink()
+    done = monai(*infer_arguments(scans, trained / "model.pt", tmp_path / "out"), "--case_names", "path", status=3)
+    good, bad = table(tmp_path / "out" / "predictions.csv")
+    assert (good["case"], good["status"], bad["case"], bad["status"]) == ("series_1", "accepted", "series_2", "refused")
+    positions = {}
+    for path in (scans / "series_1").iterdir():
+        dataset = dcmread(path)
+        row, column = np.array(dataset.ImageOrientationPatient, float).reshape(2, 3)
+        positions[dataset.SOPInstanceUID] = np.cross(row, column) @ np.array(dataset.ImagePositionPatient, float)
+    record = json.loads((tmp_path / "out" / "cases" / "series_1.json").read_text())
+    ranked = sorted(positions, key=lambda uid: positions[uid])
+    assert all(ranked[entry["index"]] == entry["sop_instance_uid"] for entry in record["slices"])
+    written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(b"CANARY" in content for content in [*written, done.stdout.encode(), done.stderr.encode()])
+
+
+def test_scripts_predict_is_one_line_from_anywhere(scans, trained, tmp_path):
+    command = ["bash", str(ROOT / "scripts" / "predict"), "scans", "--model", str(trained / "model.pt")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    rows = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("case-")]
+    assert (rows.count("accepted"), rows.count("refused")) == (2, 6)
+    assert len(table(tmp_path / "predictions" / "predictions.csv")) == 8
+    done = subprocess.run(
+        [*command[:2], "nowhere", *command[3:]], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: the folder nowhere does not exist"
 
 
 def test_bags_of_one_slice_are_classified(trained, tmp_path, monai):

@@ -23,30 +23,30 @@ def test_one_case_written_both_ways_gives_one_bag(number, modality, tmp_path, mo
     parser.read_config(["configs/train.yaml", "configs/quickstart.yaml"])
     preparation = Compose(parser.get_parsed_content("preparation"))
     case = make_case(11, number, modality)
-    write_dicom(case, tmp_path / "series")
-    write_nifti(case, tmp_path / "volume.nii.gz")
+    truth = {"series": write_dicom(case, tmp_path / "series")}
+    truth["volume.nii.gz"] = write_nifti(case, tmp_path / "volume.nii.gz")
     first, second = (
-        preparation({"case": "a", "image": str(tmp_path / name), "slice_label": None})
+        preparation({"case": "a", "image": str(tmp_path / name), "slice_label": list(truth[name])})
         for name in ("series", "volume.nii.gz")
     )
     assert first["image"].shape == second["image"].shape
     torch.testing.assert_close(first["image"], second["image"], atol=1e-4, rtol=0)
     torch.testing.assert_close(first["slice_position"], second["slice_position"], atol=1e-2, rtol=0)
+    assert first["slice_label"].tolist() == second["slice_label"].tolist()
     assert len(first["slice_uid"]) == len(first["image"])
     assert second["slice_uid"] is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_one_command_makes_a_model_that_finds_lesions(seed):
-    done = subprocess.run(
-        ["bash", "scripts/run", "--seed", str(seed)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+def test_the_one_command_makes_a_model_that_finds_lesions(seed, tmp_path):
+    out = tmp_path / "quick start"
+    command = ["bash", str(ROOT / "scripts" / "run"), "--seed", str(seed), "--output", "quick start"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    out = ROOT / "output" / ("quickstart" if seed == 0 else f"quickstart-seed-{seed}")
     for name in ("metrics.json", "predictions.csv", "curves.png", "key_slices.png"):
         assert (out / name).stat().st_size > 0
-        assert f"{out.relative_to(ROOT)}/{name}" in done.stdout
+        assert f"{out}/{name}" in done.stdout
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["scores"]["auc"]["value"] >= 0.90
     assert metrics["key_slices"]["score"]["hit_1"] >= 0.80
@@ -54,6 +54,11 @@ def test_the_one_command_makes_a_model_that_finds_lesions(seed):
         rows = list(csv.DictReader(file))
     assert rows
     assert all(row["status"] == "accepted" and row["key_slice_sop_instance_uid"] for row in rows)
+    before = (out / "model.pt").stat().st_mtime_ns
+    again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == 2
+    assert (out / "model.pt").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
