@@ -407,7 +407,7 @@ def cross_validated_auc(features: np.ndarray, labels: np.ndarray, strength: floa
 
 
 def cohort_statistics(seeds: range, modality: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of all pixels (every other row and column), of pixels averaged by resizing, and labels; 120 cases a seed."""
+    """Features of pixels as they are, features of pixels averaged by resizing, and labels; 120 cases a seed."""
     whole, resized, labels = [], [], []
     for seed in seeds:
         for number in range(1, 121):
