@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "data.augment": "RandBagAffined RandSliceIntensityd",
-    "data.cases": "check_held_out inference_cases labelled_cases split_of",
+    "data.cases": "inference_cases labelled_cases split_of",
     "data.collate": "collate_bags",
     "data.dataset": "BagDataset BagSampler watched",
     "data.reader": "LoadImageStrictd",
@@ -33,7 +33,7 @@ _EXPORTS = {
     ),
     "recipe": "Recipe",
     "results.writer": "DrawKeySlices WriteMetrics WriteRecords exit_status",
-    "settings": "check_config choose run_settings",
+    "settings": "check_config check_held_out choose run_settings",
     "training.checkpoint": "BestModel Checkpoint EarlyStop",
     "training.engine": "BagEvaluator BagTrainer",
     "training.handlers": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +14,14 @@ from typing import Any
 
 from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser
 
+from .data.cases import split_of
 from .errors import InputError
 from .recipe import Recipe
+from .weights import read_checkpoint
 
-__all__ = ["check_config", "choose", "config_in_use", "run_settings", "shipped_config"]
+__all__ = ["check_config", "check_held_out", "choose", "config_in_use", "run_settings", "shipped_config"]
 
+logger = logging.getLogger(__name__)
 META = ConfigParser.meta_key
 # Where a run happens and how much it prints changes no result, so a run may go on with other values of these.
 NOT_PART_OF_A_RUN = (
@@ -106,6 +110,25 @@ def check_config(*workflows: str, weights: str | Path | None = None, trusted_mod
         raise InputError("\n".join(problems))
     parser.ref_resolver.reset()
     parser.parse(reset=True)
+
+
+def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section: str) -> None:
+    """Refuse to evaluate weights on another fold of the datalist that they were trained on.
+
+    Raises:
+        InputError: when they were: the other fold's test cases are among their training cases.
+    """
+    trained_on = read_checkpoint(weights).get("trained_on") or {}
+    if not trained_on:
+        return
+    here = split_of(datalist, fold)
+    if here["datalist"] != trained_on["datalist"]:
+        logger.warning("the weights were trained on another datalist: make sure that no patient is in both")
+    elif here["fold"] != trained_on["fold"]:
+        raise InputError(
+            f"the weights were trained on fold {trained_on['fold']} of this datalist, and the {section} cases of fold "
+            f"{fold} are among their training cases: set fold to {trained_on['fold']}"
+        )
 
 
 def run_settings(split: Mapping[str, Any] | None = None) -> dict[str, str]:

@@ -9,9 +9,10 @@ import yaml
 from monai.bundle import ConfigParser
 
 import bundle
+from bundle.data.cases import split_of
 from bundle.errors import InputError, input_error_behind
 from bundle.recipe import RECIPE_KEYS, Recipe
-from bundle.settings import NOT_PART_OF_A_RUN, check_config, choose, config_in_use, run_settings
+from bundle.settings import NOT_PART_OF_A_RUN, check_config, check_held_out, choose, config_in_use, run_settings
 from bundle.weights import save_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -324,3 +325,25 @@ def test_every_export_is_for_a_config_or_for_people_who_write_one():
         "BagOutput", "EpochScore", "FrozenBatchNorm2d", "InputError", "Refusal", "load_encoder_weights",
     }  # fmt: skip
     assert set(bundle.__all__) - used <= for_python
+
+
+def test_weights_are_not_evaluated_on_another_fold_of_their_datalist(tmp_path, caplog):
+    def datalist(seed: int) -> Path:
+        cases = [{"case": f"c{i}", "image": f"{i}.nii", "label": i % 2, "patient": f"p{i}"} for i in range(6)]
+        names = [case["case"] for case in cases]
+        folds = [
+            {"training": names[:2], "validation": names[2:4], "test": names[4:]},
+            {"training": names[4:], "validation": names[:2], "test": names[2:4]},
+        ]
+        path = tmp_path / f"{seed}.json"
+        content = {"format": 1, "class_names": ["no", "yes"], "seed": seed, "num_folds": 2, "cases": cases}
+        path.write_text(json.dumps({**content, "folds": folds}))
+        return path
+
+    weights = tmp_path / "model.pt"
+    save_atomically({"model": {}, "trained_on": split_of(datalist(0), 1)}, weights)
+    check_held_out(weights, datalist(0), 1, "test")
+    with pytest.raises(InputError, match="trained on fold 1 of this datalist.*set fold to 1"):
+        check_held_out(weights, datalist(0), 0, "test")
+    check_held_out(weights, datalist(1), 0, "test")
+    assert "another datalist" in caplog.text

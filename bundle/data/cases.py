@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, Refusal
-from ..weights import read_checkpoint
 from .datalist import class_names as class_names_of
 from .datalist import hash_of, load_datalist
 from .scans import find_scans
 
-__all__ = ["check_held_out", "inference_cases", "labelled_cases", "split_of"]
+__all__ = ["inference_cases", "labelled_cases", "split_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,25 +54,6 @@ def labelled_cases(
 def split_of(datalist: str | Path, fold: int) -> dict[str, Any]:
     """What identifies a split: the datalist's content and the fold."""
     return {"datalist": hash_of(datalist), "fold": fold}
-
-
-def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section: str) -> None:
-    """Refuse to evaluate weights on another fold of the datalist that they were trained on.
-
-    Raises:
-        InputError: when they were: the other fold's test cases are among their training cases.
-    """
-    trained_on = read_checkpoint(weights).get("trained_on") or {}
-    if not trained_on:
-        return
-    here = split_of(datalist, fold)
-    if here["datalist"] != trained_on["datalist"]:
-        logger.warning("the weights were trained on another datalist: make sure that no patient is in both")
-    elif here["fold"] != trained_on["fold"]:
-        raise InputError(
-            f"the weights were trained on fold {trained_on['fold']} of this datalist, and the {section} cases of fold "
-            f"{fold} are among their training cases: set fold to {trained_on['fold']}"
-        )
 
 
 def inference_cases(

@@ -10,9 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data.cases import check_held_out, inference_cases, labelled_cases, split_of
+from bundle.data.cases import inference_cases, labelled_cases
 from bundle.errors import InputError, Refusal
-from bundle.weights import save_atomically
 from tests.data.dicom_factory import CANARY, make_series
 
 
@@ -150,16 +149,3 @@ def test_other_classes_or_another_order_are_refused(tmp_path: Path, names: list[
     with pytest.raises(InputError, match="are not those of datalist.json") as caught:
         labelled_cases(path, "training", 0, tmp_path, names)
     assert "\n" not in str(caught.value)
-
-
-def test_weights_are_not_evaluated_on_another_fold_of_their_datalist(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = write_datalist(tmp_path, ["no", "yes"])
-    weights = tmp_path / "model.pt"
-    save_atomically({"model": {}, "trained_on": split_of(path, 1)}, weights)
-    check_held_out(weights, path, 1, "test")
-    with pytest.raises(InputError, match="trained on fold 1 of this datalist.*set fold to 1"):
-        check_held_out(weights, path, 0, "test")
-    check_held_out(weights, write_datalist(tmp_path, ["0", "1"]), 0, "test")
-    assert "another datalist" in caplog.text
