@@ -23,7 +23,7 @@ _EXPORTS = {
         "AddNeighboursd CheckVolumed CropToForegroundd DropBlankSlicesd OrientForSlicingd ResampleVolumed "
         "ResizeAndPadd ScaleForegroundPercentilesd VolumeToBagd"
     ),
-    "data.volume": "ReaderPolicy",
+    "data.policy": "ReaderPolicy SeriesRules",
     "errors": "InputError Refusal plain_errors",
     "model.encoder": "FrozenBatchNorm2d load_encoder_weights with_norm",
     "model.network": "BagOutput DualStreamMIL Evidence",

@@ -29,7 +29,12 @@ TRANSFORMS = (
     "bundle.data", "monai.transforms.compose", "monai.transforms.croppad", "monai.transforms.intensity",
     "monai.transforms.spatial", "monai.transforms.utility",
 )  # fmt: skip
-TRUSTED_OBJECTS = ("bundle.data.volume.ReaderPolicy", "bundle.model.encoder.with_norm", "bundle.settings.choose")
+TRUSTED_OBJECTS = (
+    "bundle.data.policy.ReaderPolicy",
+    "bundle.data.policy.SeriesRules",
+    "bundle.model.encoder.with_norm",
+    "bundle.settings.choose",
+)
 ARGUMENTS_OF_MONAI = (
     "_target_",
     "_desc_",

@@ -11,7 +11,7 @@ from pydicom.uid import UID
 
 from ..errors import Refusal
 from .dicom_header import SliceHeader
-from .volume import ReaderPolicy
+from .policy import ReaderPolicy
 
 __all__ = ["check_images", "check_one_series", "drop_identical_files"]
 

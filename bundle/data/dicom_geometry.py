@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import Refusal
 from .dicom_header import SliceHeader
-from .volume import ReaderPolicy
+from .policy import ReaderPolicy
 
 __all__ = ["arrange"]
 

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Refusal
-from .volume import ReaderPolicy, Volume, corner_distance
+from .grid import corner_distance
+from .policy import ReaderPolicy
+from .volume import Volume
 
 __all__ = ["has_nifti_content", "is_nifti_name", "read_nifti"]
 

@@ -13,8 +13,10 @@ from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
 
 from ..errors import InputError, Refusal
+from .grid import corner_distance
+from .policy import ReaderPolicy
 from .series import read_volume
-from .volume import ReaderPolicy, Volume, corner_distance
+from .volume import Volume
 
 __all__ = ["LoadImageStrictd", "VolumeReader"]
 

@@ -12,7 +12,8 @@ from .dicom_geometry import arrange
 from .dicom_header import SliceHeader, has_dicom_content, is_litter, looks_like_dicom, read_header
 from .dicom_pixels import read_values
 from .nifti import has_nifti_content, is_nifti_name, read_nifti
-from .volume import ReaderPolicy, Volume
+from .policy import ReaderPolicy
+from .volume import Volume
 
 __all__ = ["ReaderPolicy", "Volume", "read_dicom_series", "read_volume"]
 

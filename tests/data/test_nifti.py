@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from bundle.data.nifti import read_nifti
-from bundle.data.series import ReaderPolicy, read_volume
+from bundle.data.policy import ReaderPolicy
+from bundle.data.series import read_volume
 from bundle.errors import Refusal
 
 REAL_DATA = os.environ.get("BUNDLE_TEST_DATA")

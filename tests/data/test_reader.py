@@ -10,8 +10,8 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 from pydicom.dataset import Dataset
 
+from bundle.data.policy import ReaderPolicy
 from bundle.data.reader import LoadImageStrictd, VolumeReader
-from bundle.data.series import ReaderPolicy
 from bundle.errors import InputError, Refusal
 from tests.data.dicom_factory import CANARY, OFFSET, make_series, oblique, true_value
 

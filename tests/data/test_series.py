@@ -22,7 +22,8 @@ from pydicom.uid import (
 )
 
 from bundle.data.dicom_pixels import stored_values
-from bundle.data.series import ReaderPolicy, read_volume
+from bundle.data.policy import ReaderPolicy
+from bundle.data.series import read_volume
 from bundle.errors import InputError, Refusal
 from tests.data import dicom_factory as factory
 from tests.data.dicom_factory import CANARY, largest_error, make_series, make_slices, save, set_pixels, write_series
