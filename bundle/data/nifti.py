@@ -13,8 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Refusal
-from .grid import corner_distance
+from .grid import check_axes, check_matrix, check_shape, check_sizes, check_stated_sizes, corner_distance, other_units
 from .policy import ReaderPolicy
+from .raster import (
+    CHUNK_BYTES,
+    check_finite,
+    check_length,
+    check_room,
+    damaged,
+    detached,
+    readable,
+    voxel_type,
+)
 from .volume import Volume
 
 __all__ = ["has_nifti_content", "is_nifti_name", "read_nifti"]
@@ -23,9 +33,6 @@ HEADER_BYTES = {1: 348, 2: 540}
 SINGLE_FILE_MAGIC = (b"n+1\0", b"n+2\0")
 PAIR_MAGIC = (b"ni1\0", b"ni2\0")
 UNIT_MM, UNIT_UNKNOWN = 2, 0
-# Deflate cannot pack tighter than 1032 to 1, so a header that promises more than that lies.
-MOST_COMPRESSION = 1032
-CHUNK_BYTES = 1 << 24
 # Header extensions (text) seldom reach a megabyte.
 LARGEST_OFFSET = 1 << 26
 
@@ -60,10 +67,6 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if _is_packed(path) else path.open("rb")  # type: ignore[return-value]
 
 
-def _damaged(reason: str, **facts: Any) -> Refusal:
-    return Refusal("nifti_damaged", f"The NIfTI file is damaged: {reason}; copy or export it again.", **facts)
-
-
 def read_nifti(path: Path, policy: ReaderPolicy, channels: int = 1) -> Volume:
     """Read one NIfTI-1 or NIfTI-2 file (.nii, .nii.gz).
 
@@ -80,32 +83,23 @@ def read_nifti(path: Path, policy: ReaderPolicy, channels: int = 1) -> Volume:
         The volume; array (X, Y, Z), or (X, Y, Z, C) where `channels` > 1.
 
     Raises:
-        Refusal: `nifti_damaged`, `nifti_truncated`, `nifti_excess`, `nifti_pair`, `not_3d`, `channel_count`,
+        Refusal: `file_damaged`, `file_truncated`, `file_excess`, `detached_data`, `not_3d`, `channel_count`,
             `voxel_type`, `units`, `bad_spacing`, `no_orientation`, `bad_sform`, `bad_qform`, `affines_disagree`,
-            `spacing_disagrees`, `sheared`, `bad_scaling`, `non_finite`, `too_few_slices`, `too_large`.
+            `spacing_disagrees`, `sheared`, `gantry_tilt`, `bad_scaling`, `non_finite`, `too_few_slices`, `too_large`.
     """
-    try:
+    # Casting a signalling NaN warns, and so does what overflows; both are found by the checks.
+    with readable("NIfTI"), np.errstate(over="ignore", invalid="ignore"):
         header = _header(path)
         shape = _shape(header, policy, channels)
         dtype = _dtype(header)
         affine = _affine(header, shape, policy)
         slope, intercept = _scaling(header)
         raw = _voxels(path, header, shape, dtype)
-    except (OSError, EOFError, zlib.error) as error:
-        raise Refusal(
-            "nifti_truncated",
-            "The NIfTI file cannot be read to its end: it is cut short or damaged; copy or export it again.",
-        ) from error
-    array = np.empty(shape, dtype=np.float32, order="F")
-    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.empty(shape, dtype=np.float32, order="F")
         for k in range(shape[2]):
             array[:, :, k] = raw[:, :, k].astype(np.float64) * slope + intercept
-    if not np.isfinite(array).all():
-        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-        raise Refusal(
-            "non_finite", f"{bad} voxels are not a number or infinite; repair the image before use.", voxels=bad
-        )
-    return Volume(array=array, affine=affine, modality=None, source="nifti", slice_uids=None, series_uid=None)
+    check_finite(array)
+    return Volume(array=array, affine=affine, modality=None, source="nifti")
 
 
 def _header(path: Path) -> Any:
@@ -113,90 +107,51 @@ def _header(path: Path) -> Any:
         block = file.read(HEADER_BYTES[2])
     magic = _magic(block)
     if magic in PAIR_MAGIC:
-        raise Refusal("nifti_pair", "This is half of a two-file NIfTI (.hdr, .img); convert it to one .nii file.")
+        raise detached("NIfTI", "one .nii file")
     if magic not in SINGLE_FILE_MAGIC:
-        raise _damaged("it does not begin with a NIfTI header")
+        raise damaged("NIfTI", "it does not begin with a NIfTI header")
     version = 2 if magic == b"n+2\0" else 1
     block = block[: HEADER_BYTES[version]]
     if len(block) < HEADER_BYTES[version]:
-        raise _damaged("its header is cut short")
+        raise damaged("NIfTI", "its header is cut short")
     kind = nib.Nifti2Header if version == 2 else nib.Nifti1Header
     header = kind(binaryblock=block, check=False)
     if int(header["sizeof_hdr"]) != HEADER_BYTES[version]:
-        raise _damaged("its header gives a wrong size for itself")
+        raise damaged("NIfTI", "its header gives a wrong size for itself")
     return header
 
 
 def _shape(header: Any, policy: ReaderPolicy, channels: int) -> tuple[int, ...]:
     sizes = [int(n) for n in header["dim"]]
     if not 1 <= sizes[0] <= 7 or any(n < 1 for n in sizes[1 : sizes[0] + 1]):
-        raise _damaged("its header gives impossible dimensions")
-    shape = sizes[1 : sizes[0] + 1]
-    while len(shape) > 3 and shape[-1] == 1:
-        shape.pop()
-    if len(shape) < 3 or len(shape) > 4:
-        raise Refusal(
-            "not_3d",
-            f"The image has {len(shape)} dimensions; a volume has 3, or 4 with channels.",
-            dimensions=len(shape),
-        )
-    found = shape[3] if len(shape) == 4 else 1
-    if found != channels:
-        raise Refusal(
-            "channel_count",
-            f"The image has {found} channel{'' if found == 1 else 's'} (or time points); {channels} "
-            f"{'is' if channels == 1 else 'are'} expected.",
-            found=found,
-            expected=channels,
-        )
-    if min(shape[:3]) < policy.min_slices:
-        raise Refusal(
-            "too_few_slices",
-            f"The image is {' × '.join(map(str, shape[:3]))} voxels, a single picture rather "
-            f"than a volume; at least {policy.min_slices} are needed along each axis.",
-            shape=shape[:3],
-            smallest=policy.min_slices,
-        )
-    if math.prod(shape) > policy.max_voxels:
-        raise Refusal(
-            "too_large",
-            f"The header declares {math.prod(shape)} voxels; at most {policy.max_voxels} are read.",
-            voxels=math.prod(shape),
-            largest=policy.max_voxels,
-        )
-    return tuple(shape)
+        raise damaged("NIfTI", "its header gives impossible dimensions")
+    return check_shape(sizes[1 : sizes[0] + 1], policy, channels)
 
 
 def _dtype(header: Any) -> np.dtype[Any]:
     try:
         dtype: np.dtype[Any] = header.get_data_dtype()
     except Exception as error:  # nibabel has its own error for unknown codes, and none for absent ones
-        raise _damaged("its voxel type is unknown") from error
+        raise damaged("NIfTI", "its voxel type is unknown") from error
     if dtype.names is not None or dtype.kind not in "iuf" or dtype.itemsize not in (1, 2, 4, 8):
-        raise Refusal(
-            "voxel_type", "The voxels are colour, complex or of another type than plain numbers; export grey values."
-        )
+        raise voxel_type()
     if int(header["bitpix"]) != dtype.itemsize * 8:
-        raise _damaged("its header contradicts itself on bits per voxel")
+        raise damaged("NIfTI", "its header contradicts itself on bits per voxel")
     return dtype
 
 
 def _affine(header: Any, shape: tuple[int, ...], policy: ReaderPolicy) -> NDArray[np.float64]:
     unit = int(header["xyzt_units"]) & 7
     if unit not in (UNIT_MM, UNIT_UNKNOWN):
-        raise Refusal("units", "The header gives voxel sizes in another unit than millimetres.", unit_code=unit)
+        raise other_units()
     sizes = np.array(header["pixdim"][1:4], dtype=np.float64)
-    low, high = policy.spacing_range_mm
-    if not np.isfinite(sizes).all() or (sizes < low).any() or (sizes > high).any():
-        raise Refusal(
-            "bad_spacing",
-            f"The voxel size in the header lies outside {low} to {high} mm (or is zero, negative or no number).",
-        )
+    check_sizes(sizes, policy)
     has_sform, has_qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
     if not has_sform and not has_qform:
         raise Refusal(
             "no_orientation",
-            "The file says nothing about orientation (neither sform nor qform is set), so left and right are unknown.",
+            "The file says nothing about orientation (neither sform nor qform is set), so left and right are unknown; "
+            "convert it again from its source.",
         )
     sform = _checked(header.get_sform(coded=False), "sform") if has_sform else None
     qform = _qform(header) if has_qform else None
@@ -206,37 +161,19 @@ def _affine(header: Any, shape: tuple[int, ...], policy: ReaderPolicy) -> NDArra
             raise Refusal(
                 "affines_disagree",
                 f"The two orientations in the header (sform and qform) place voxels up to "
-                f"{distance:.2f} mm apart; one is wrong.",
+                f"{distance:.2f} mm apart; one is wrong, so convert it again from its source.",
                 distance_mm=distance,
             )
     affine = sform if sform is not None else qform
     assert affine is not None
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if (np.abs(lengths - sizes) > policy.voxel_size_tolerance_relative * sizes).any():
-        raise Refusal(
-            "spacing_disagrees",
-            "The voxel size in the header and the one in its orientation matrix differ.",
-            header_mm=sizes.tolist(),
-            matrix_mm=lengths.tolist(),
-        )
-    unit_axes = affine[:3, :3] / lengths
-    skew = float(np.abs(np.triu(unit_axes.T @ unit_axes, 1)).max())
-    if skew > math.sin(math.radians(policy.orientation_tolerance_degrees)):
-        degrees = math.degrees(math.asin(min(1.0, skew)))
-        raise Refusal(
-            "sheared",
-            f"The axes of the image are {degrees:.2f}° off a right angle (gantry tilt or an affine "
-            "registration); resample it to an upright grid.",
-            degrees=degrees,
-        )
+    check_stated_sizes(affine, sizes, policy)
+    check_axes(affine, policy)
     return affine
 
 
 def _checked(affine: NDArray[Any], name: str) -> NDArray[np.float64]:
     matrix = np.array(affine, dtype=np.float64)
-    lengths = np.linalg.norm(matrix[:3, :3], axis=0)
-    if not np.isfinite(matrix).all() or (lengths == 0).any() or abs(np.linalg.det(matrix[:3, :3] / lengths)) < 1e-3:
-        raise Refusal(f"bad_{name}", f"The orientation matrix ({name}) of the file is zero, singular or no number.")
+    check_matrix(matrix, name)
     return matrix
 
 
@@ -249,7 +186,7 @@ def _qform(header: Any) -> NDArray[np.float64]:
     except Refusal:
         raise
     except Exception as error:  # nibabel: ValueError for a quaternion longer than 1, HeaderDataError for qfac
-        raise Refusal("bad_qform", "The orientation (qform) of the file is no rotation.") from error
+        raise Refusal("bad_qform", "The orientation (qform) of the file is no rotation; convert it again.") from error
 
 
 def _scaling(header: Any) -> tuple[float, float]:
@@ -258,7 +195,7 @@ def _scaling(header: Any) -> tuple[float, float]:
     if slope == 0 or (math.isnan(slope) and math.isnan(intercept)):
         return 1.0, 0.0
     if not math.isfinite(slope) or not math.isfinite(intercept):
-        raise Refusal("bad_scaling", "The scaling of voxel values (scl_slope, scl_inter) is no number.")
+        raise Refusal("bad_scaling", "The scaling of voxel values (scl_slope, scl_inter) is no number; export again.")
     return slope, intercept
 
 
@@ -266,39 +203,16 @@ def _voxels(path: Path, header: Any, shape: tuple[int, ...], dtype: np.dtype[Any
     declared = float(header["vox_offset"])
     smallest = HEADER_BYTES[1] if len(header.binaryblock) == HEADER_BYTES[1] else HEADER_BYTES[2]
     if not math.isfinite(declared) or declared != int(declared) or not smallest <= declared <= LARGEST_OFFSET:
-        raise _damaged("its header gives an impossible place for the voxels")
+        raise damaged("NIfTI", "its header gives an impossible place for the voxels")
     offset = int(declared)
     expected = math.prod(shape) * dtype.itemsize
-    size = path.stat().st_size
-    packed = _is_packed(path)
-    if offset + expected > (size * MOST_COMPRESSION if packed else size):
-        raise _truncated(expected)
+    check_room(path.stat().st_size - (0 if _is_packed(path) else offset), expected, _is_packed(path))
     # Read as it comes: memory grows with what is really there, never with what a header promises.
     content = bytearray()
     with _open(path) as file:
-        if len(file.read(offset)) < offset:
-            raise _truncated(expected)
-        while len(content) < expected and (chunk := file.read(min(CHUNK_BYTES, expected - len(content)))):
+        file.read(offset)
+        # One byte further shows an excess, and makes gzip compare its checksum.
+        while len(content) <= expected and (chunk := file.read(min(CHUNK_BYTES, expected + 1 - len(content)))):
             content += chunk
-        # One byte further also makes gzip compare its checksum.
-        excess = file.read(1)
-    if len(content) < expected:
-        raise _truncated(expected, len(content))
-    if excess:
-        raise Refusal(
-            "nifti_excess",
-            f"The file holds more voxels than the {expected} bytes its header declares, so its "
-            "dimensions or voxel type are wrong.",
-            declared_bytes=expected,
-        )
+    check_length(len(content), expected)
     return np.frombuffer(content, dtype=dtype).reshape(shape, order="F")
-
-
-def _truncated(expected: int, found: int | None = None) -> Refusal:
-    return Refusal(
-        "nifti_truncated",
-        f"The file is cut short: its header declares {expected} bytes of voxels and they are "
-        "not there; copy or export it again.",
-        declared_bytes=expected,
-        found_bytes=found,
-    )
