@@ -317,6 +317,86 @@ def test_nothing_to_crop_to() -> None:
         CropToForegroundd("image", margin=-1)
 
 
+def leaning(turn: np.ndarray | None, lean: tuple[float, float], spacing: np.ndarray = SPACING) -> np.ndarray:
+    """Slices as in `affine_of`, each shifted in its plane against the one before, in mm."""
+    affine = affine_of(turn, spacing)
+    affine[:3, 2] += affine[:3, :2] / spacing[:2] @ lean
+    return affine
+
+
+LEANS = {"along columns": (0.0, 0.9), "along rows": (-0.6, 0.0), "both": (0.7, -0.8), "little": (0.0, 0.01)}
+PLANE_TURNS = {
+    **{k: TURNS[k] for k in ("straight", "tilted", "straight but permuted")},
+    "gantry, column upright": rotation((1, 0, 0), 20),
+    "half over": rotation((1, 0, 0), 38),
+}
+
+
+@pytest.mark.parametrize("lean", LEANS)
+@pytest.mark.parametrize("turn", PLANE_TURNS)
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, 1, 1), (1, -1, -1)])
+def test_leaning_slices_stay_as_acquired(lean: str, turn: str, flips: tuple[int, ...]) -> None:
+    affine = leaning(PLANE_TURNS[turn], LEANS[lean]) * [*flips, 1]
+    normal = affine_of(PLANE_TURNS[turn])[:3, 2] / SPACING[2]
+    # The plane of the slices decides, not the direction in which they are stacked.
+    plane = next(p for p, a in PLANES.items() if a == int(np.abs(normal).argmax()))
+    upwards = normal * np.sign(normal[PLANES[plane]])
+    world = world_of(affine, SHAPE)
+    array = np.stack([7 + world @ GRADIENT, world @ upwards]).astype(np.float32)
+    for asked in ("acquired", plane):
+        bag = cut(loaded(array, affine), asked)
+        assert sorted(bag["slice_index"].tolist()) == list(range(SHAPE[2]))
+        assert bag["slice_uid"] == tuple(f"1.2.{k}" for k in bag["slice_index"].tolist())
+        assert (bag["slice_position"].diff() > 0).all()
+        np.testing.assert_allclose(bag["slice_position"].diff(), SPACING[2], rtol=1e-6)
+        for n, index in enumerate(bag["slice_index"].tolist()):
+            there = np.sort(array[0, :, :, index], axis=None)
+            np.testing.assert_array_equal(np.sort(bag["image"][n, 0].numpy(), axis=None), there)
+            np.testing.assert_allclose(bag["image"][n, 1], float(bag["slice_position"][n]), atol=1e-4)
+        # Pictures are not distorted: steps of a pixel along both axes are those of the acquired pixels.
+        assert sorted(bag["pixel_spacing"]) == pytest.approx(sorted(SPACING[:2]))
+        steps = {round(abs(float(affine[:3, a] @ GRADIENT)), 3) for a in (0, 1)}
+        found = {round(abs(float(bag["image"][0, 0].diff(dim=d)[0, 0])), 3) for d in (0, 1)}
+        assert max(min(abs(a - b) for b in steps) for a in found) < 2e-3
+
+
+@pytest.mark.parametrize("lean", [name for name in LEANS if name != "little"])
+@pytest.mark.parametrize("turn", PLANE_TURNS)
+def test_leaning_slices_are_not_cut_across(lean: str, turn: str) -> None:
+    affine = leaning(PLANE_TURNS[turn], LEANS[lean])
+    normal = affine_of(PLANE_TURNS[turn])[:3, 2]
+    array = np.random.default_rng(0).uniform(size=(1, *SHAPE)).astype(np.float32)
+    across = [p for p, a in PLANES.items() if a != int(np.abs(normal).argmax())]
+    for plane in across:
+        with pytest.raises(Refusal, match="gantry_tilt to resample") as caught:
+            OrientForSlicingd("image", plane)(loaded(array, affine))
+        assert caught.value.code == "sheared_slices"
+        assert caught.value.facts["degrees"] > 10
+    with pytest.raises(Refusal, match="gantry_tilt to resample") as caught:
+        ResampleVolumed("image", (1.0, 1.0, -1.0))(loaded(array, affine))
+    assert caught.value.code == "sheared_slices"
+    same = loaded(array, affine)["image"]
+    assert ResampleVolumed("image", None)({"image": same})["image"] is same
+
+
+def test_rounding_is_no_lean() -> None:
+    affine = leaning(None, (0.0, 0.001))  # 0.02°
+    array = np.random.default_rng(0).uniform(size=(1, *SHAPE)).astype(np.float32)
+    for plane in PLANES:
+        cut(loaded(array, affine), plane, ResampleVolumed("image", (1.0, 1.0, -1.0)))
+
+
+def test_cropping_leaning_slices_keeps_every_voxel_at_its_place() -> None:
+    affine = leaning(TURNS["tilted"], (0.0, 0.9))
+    array = head(affine)
+    data = loaded(array, affine)
+    whole, bag = cut(dict(data), "acquired"), cut(dict(data), "acquired", CropToForegroundd("image", margin=2))
+    index = bag["slice_index"].tolist()
+    assert index == list(range(1, 16))
+    np.testing.assert_allclose(bag["slice_position"], whole["slice_position"][1:16])
+    np.testing.assert_array_equal(np.sort(bag["image"][4].flatten()), np.sort(array[0, 3:18, 2:20, index[4]].flatten()))
+
+
 def scaled(array: np.ndarray, lower: float = 1.0, upper: float = 99.0) -> np.ndarray:
     data = {"image": torch.from_numpy(array)}
     return np.asarray(ScaleForegroundPercentilesd("image", lower, upper)(data)["image"])
