@@ -46,7 +46,8 @@ def test_references_and_expressions_become_values():
     assert network["encoder"]["encoder"]["n_input_channels"] == 6
     assert network["encoder"]["norm"] == recipe["norm"]
     assert network["num_features"] == 32
-    assert recipe["preparation"][0]["policy"] == {"_target_": "bundle.ReaderPolicy"}
+    assert recipe["preparation"][0]["policy"] == recipe["reader_policy"]
+    assert recipe["reader_policy"]["series"]["_target_"] == "bundle.SeriesRules"
     assert recipe["preparation"][0]["channels"] == 2
     assert {"_target_": "bundle.ResizeAndPadd", "keys": "image", "size": [48, 32]} in recipe["preparation"]
     assert recipe["intensity"] in recipe["preparation"]

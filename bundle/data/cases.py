@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from ..errors import InputError, Refusal
 from .datalist import class_names as class_names_of
 from .datalist import hash_of, load_datalist
+from .policy import SeriesRules
 from .scans import find_scans
 
 __all__ = ["inference_cases", "labelled_cases", "split_of"]
@@ -63,6 +65,8 @@ def inference_cases(
     fold: int = 0,
     channel_files: list[str] | None = None,
     case_names: str = "pseudonym",
+    dicom_cases: str = "folder",
+    series_rules: SeriesRules | None = None,
 ) -> list[dict[str, Any]]:
     """Cases for a BagDataset: `case`, `image`, `label`, `patient` and `slice_label` (None where not known).
 
@@ -72,28 +76,37 @@ def inference_cases(
         section: of the datalist.
         fold: of the datalist.
         channel_files: one file pattern a modality, for networks of several, see `find_scans`.
-        case_names: "pseudonym" (from a hash of the path below the folder: the same every time) or "path" (the path
-            itself, for data whose names identify nobody).
+        case_names: "pseudonym" (from a hash of the path below the folder, or of the StudyInstanceUID where cases are
+            studies: the same every time) or "path" (the path itself, for data whose names identify nobody).
+        dicom_cases: "folder" (each folder that directly holds DICOM images, with what lies below it) or "study" (each
+            DICOM study, wherever its files lie).
+        series_rules: which series of a folder or study is meant; None leaves it to the reader's policy.
 
     Raises:
-        InputError: when the folder is missing or holds no scan, or case_names is another word.
+        InputError: when the folder is missing or holds no scan, or a setting is another word.
     """
     if case_names not in ("pseudonym", "path"):
         raise InputError(f"case_names must be pseudonym or path, not {case_names!r}")
+    if series_rules is not None and not isinstance(series_rules, SeriesRules):
+        raise InputError(f"series_rules must be a bundle.SeriesRules or null, not {type(series_rules).__name__}")
+    chosen = {} if series_rules is None else {"series_rules": series_rules}
     if datalist is not None:
-        return load_datalist(datalist, section, fold, dataset_dir)
+        return [case | chosen for case in load_datalist(datalist, section, fold, dataset_dir)]
     folder = Path(dataset_dir).expanduser()
-    found = find_scans(folder, channel_files)
+    found = find_scans(folder, channel_files, dicom_cases)
+    shared = Counter(scan.path for scan in found.scans)
     if found.ignored:
         logger.info("%d files that are no scans were passed over", found.ignored)
     cases = []
     for scan in found.scans:
         relative = scan.path.relative_to(folder).as_posix()
         if case_names == "pseudonym":
-            name = f"case-{hashlib.sha256(relative.encode()).hexdigest()[:12]}"
+            name = f"case-{hashlib.sha256((scan.study or relative).encode()).hexdigest()[:12]}"
         else:
             name = folder.resolve().name if relative == "." else relative
-        case: dict[str, Any] = {"case": name, "label": None, "patient": None, "slice_label": None}
+            if scan.study is not None and shared[scan.path] > 1:
+                name += f" study {scan.study}"
+        case: dict[str, Any] = {"case": name, "label": None, "patient": None, "slice_label": None, **chosen}
         images = scan.image if isinstance(scan.image, list) else [scan.image]
         if isinstance(scan.image, Refusal):
             case["refusal"] = scan.image

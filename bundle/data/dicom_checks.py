@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Hashable, Sequence
 
@@ -10,15 +9,11 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import UID
 
 from ..errors import Refusal
-from .dicom_header import SliceHeader
+from .dicom_contrast import check_one_contrast
+from .dicom_header import CT_IMAGE, ENHANCED, MR_IMAGE, SliceHeader
 from .policy import ReaderPolicy
 
-__all__ = ["check_images", "check_one_series", "drop_identical_files"]
-
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
-# Enhanced and legacy-converted CT and MR: geometry lies in functional groups, whatever the number of frames.
-ENHANCED_IMAGES = {CT_IMAGE + ".1", CT_IMAGE + ".2", MR_IMAGE + ".1", MR_IMAGE + ".3", MR_IMAGE + ".4"}
+__all__ = ["check_images", "check_one_series", "has_volume_class", "is_colour", "is_localizer", "known_modality"]
 
 # Values that may be quoted. A tag could hold anything, a patient's name too, so others are never repeated.
 KNOWN_MODALITIES = {"CR", "CT", "DX", "ES", "IO", "MG", "MR", "NM", "OCT", "OP", "OT", "PT", "PX", "RF", "SC", "SEG",
@@ -27,42 +22,29 @@ COLOURS = {"RGB", "ARGB", "CMYK", "HSV", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_
            "YBR_RCT"}  # fmt: skip
 
 
-def drop_identical_files(headers: Sequence[SliceHeader]) -> list[SliceHeader]:
-    """Keep one of several byte-identical copies of an image.
-
-    Raises:
-        Refusal: `conflicting_copies` where two files carry one SOP Instance UID and differ.
-    """
-    kept: dict[str, SliceHeader] = {}
-    digests: dict[str, bytes] = {}
-    for header in headers:
-        first = kept.setdefault(header.sop_uid, header)
-        if first is header:
-            continue
-        for one in (first, header):
-            if str(one.path) not in digests:
-                digests[str(one.path)] = _file_digest(one)
-        if digests[str(first.path)] != digests[str(header.path)]:
-            raise Refusal(
-                "conflicting_copies",
-                "Two files claim to be the same image (one SOP Instance UID) and differ; keep the right one.",
-                sop_instance_uid=header.sop_uid,
-            )
-    return list(kept.values())
+def known_modality(header: SliceHeader) -> str:
+    """The modality, where it is one that may be quoted."""
+    return header.modality if header.modality in KNOWN_MODALITIES else "another or none"
 
 
-def _file_digest(header: SliceHeader) -> bytes:
-    digest = hashlib.sha256()
-    with header.path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.digest()
+def is_localizer(header: SliceHeader) -> bool:
+    """Whether an image declares itself a localizer (scout, survey)."""
+    return "LOCALIZER" in header.image_type
+
+
+def is_colour(header: SliceHeader) -> bool:
+    """Whether an image is a colour picture."""
+    return header.samples != 1 or header.photometric in COLOURS
+
+
+def has_volume_class(header: SliceHeader) -> bool:
+    """Whether an image is a CT or MR image object, single-frame or enhanced."""
+    return header.sop_class in {CT_IMAGE, MR_IMAGE, *ENHANCED}
 
 
 def check_one_series(headers: Sequence[SliceHeader]) -> None:
-    """Refuse images of several series, or of several patients, studies or spaces under one series UID."""
+    """Refuse images of several patients, studies or spaces under one series UID."""
     rules: tuple[tuple[str, Callable[[SliceHeader], Hashable], str], ...] = (
-        ("several_series", lambda h: h.series_uid, "series; give a folder that holds one series"),
         ("several_patients", lambda h: h.patient, "patients under one series UID; these images do not belong together"),
         ("several_studies", lambda h: h.study_uid, "studies under one series UID; these images do not belong together"),
         (
@@ -88,15 +70,10 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
         if count:
             raise Refusal(code, f"{count} of {total} images: {sentence}.", affected=count, images=total, **facts)
 
-    first = headers[0]
-    modality = first.modality if first.modality in KNOWN_MODALITIES else "another or none"
+    modality = known_modality(headers[0])
     wanted = " or ".join(policy.modalities)
-    refuse_where("localizer", lambda h: "LOCALIZER" in h.image_type, "a localizer (scout), which is no volume")
-    refuse_where(
-        "colour",
-        lambda h: h.samples != 1 or h.photometric in COLOURS,
-        "a colour picture (a screenshot or a processed view), not measured grey values",
-    )
+    refuse_where("localizer", is_localizer, "a localizer (scout), which is no volume")
+    refuse_where("colour", is_colour, "a colour picture (a screenshot or a processed view), not measured grey values")
     refuse_where(
         "modality",
         lambda h: h.modality not in policy.modalities,
@@ -105,22 +82,26 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
         accepted=list(policy.modalities),
     )
     refuse_where(
-        "multi_frame",
-        lambda h: h.frames != 1 or h.sop_class in ENHANCED_IMAGES,
-        "a multi-frame (enhanced) DICOM object, which this version does not read; convert it to NIfTI, or export the "
-        "series as single-frame images",
-    )
-    refuse_where(
         "not_ct_or_mr_image",
-        lambda h: h.sop_class not in (CT_IMAGE, MR_IMAGE),
+        lambda h: not has_volume_class(h),
         "neither a CT nor an MR image object (a secondary capture or a derived object), so its values and geometry are "
         "not assured",
     )
-    refuse_where("mosaic", lambda h: "MOSAIC" in h.image_type, "many slices tiled into one picture (a mosaic)")
+    refuse_where("mosaic", lambda h: h.mosaic, "many slices tiled into one picture (a mosaic)")
     refuse_where(
         "burned_in",
         lambda h: h.burned_in,
         "text is burned into the picture (BurnedInAnnotation is YES), which may name the patient and mislead the model",
+    )
+    refuse_where(
+        "multi_frame",
+        lambda h: h.groups is None and (h.frames != 1 or h.is_enhanced),
+        "several frames without functional groups, so nothing says where each of them lies; export single-frame images",
+    )
+    refuse_where(
+        "frame_count",
+        lambda h: h.groups is not None and h.frames != h.groups,
+        "the number of frames (NumberOfFrames) is not that of the frames that it describes",
     )
     refuse_where(
         "photometric",
@@ -133,6 +114,8 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
         lambda h: not _can_decode(h.transfer_syntax),
         f"the compression {_syntax_name(headers)} cannot be decoded here; send the series uncompressed",
     )
+    if not policy.accept_lossy:
+        refuse_where("lossy", lambda h: h.lossy, "compressed with loss, which this task does not accept")
     refuse_where(
         "pixel_format",
         lambda h: not _sound_format(h),
@@ -149,6 +132,7 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
         "more pixels than the header promises, so rows, columns or bits are wrong",
     )
     _check_uniform(headers)
+    check_one_contrast(headers)
     _check_values(headers)
 
 
@@ -180,7 +164,7 @@ def _sound_format(h: SliceHeader) -> bool:
 def _length_error(h: SliceHeader) -> int:
     if h.pixel_bytes == -1 or _is_encapsulated(h.transfer_syntax):
         return 0
-    expected = (h.rows or 0) * (h.columns or 0) * (h.bits_allocated or 0) // 8
+    expected = (h.rows or 0) * (h.columns or 0) * (h.bits_allocated or 0) // 8 * h.frames
     # DICOM pads every value to an even length.
     return 0 if h.pixel_bytes in (expected, expected + expected % 2) else (h.pixel_bytes or 0) - expected
 
@@ -192,9 +176,8 @@ def _is_encapsulated(transfer_syntax: str) -> bool:
 def _check_uniform(headers: Sequence[SliceHeader]) -> None:
     rules: tuple[tuple[str, Callable[[SliceHeader], Hashable], str], ...] = (
         ("mixed_matrix", lambda h: (h.rows, h.columns), "numbers of rows or columns"),
-        ("mixed_modality", lambda h: (h.modality, h.sop_class), "modalities"),
+        ("mixed_modality", lambda h: (h.modality, h.sop_class), "modalities or kinds of image object"),
         ("mixed_photometric", lambda h: h.photometric, "photometric interpretations"),
-        ("mixed_contrast", lambda h: h.contrast, "echoes, time points or b-values"),
     )
     for code, key, words in rules:
         kinds = len({key(h) for h in headers})
@@ -205,22 +188,13 @@ def _check_uniform(headers: Sequence[SliceHeader]) -> None:
                 kinds=kinds,
                 images=len(headers),
             )
-    times = [h.echo_time for h in headers]
-    known = [t for t in times if t is not None]
-    # 1%, relative: vendors write the same echo time with different digits; two echoes lie far apart.
-    if len(known) not in (0, len(times)) or (known and not max(known) <= min(known) * 1.01):
-        raise Refusal(
-            "mixed_contrast",
-            "The images of the series differ in echo time, so they are no single volume.",
-            tag="EchoTime",
-            images=len(headers),
-        )
 
 
 def _check_values(headers: Sequence[SliceHeader]) -> None:
     if any(h.has_modality_lut for h in headers):
         raise Refusal("modality_lut", "The images map their values through a Modality LUT, which is not supported.")
-    present = sum(h.rescale_slope is not None for h in headers), sum(h.rescale_intercept is not None for h in headers)
+    facts = [h.facts for h in headers]
+    present = sum(f.rescale_slope is not None for f in facts), sum(f.rescale_intercept is not None for f in facts)
     total = len(headers)
     if present not in ((0, 0), (total, total)):
         raise Refusal(
@@ -231,8 +205,8 @@ def _check_values(headers: Sequence[SliceHeader]) -> None:
             with_intercept=present[1],
             images=total,
         )
-    for h in headers:
-        slope, intercept = h.rescale_slope, h.rescale_intercept
+    for f in facts:
+        slope, intercept = f.rescale_slope, f.rescale_intercept
         if slope is not None and intercept is not None and not (
             math.isfinite(slope) and slope != 0 and math.isfinite(intercept)
         ):  # fmt: skip
@@ -245,5 +219,5 @@ def _check_values(headers: Sequence[SliceHeader]) -> None:
                 images=total,
             )
         # "US" (unspecified) is what several scanners write for plain CT; anything else is another quantity.
-        if any(h.rescale_type not in ("", "HU", "US") for h in headers):
+        if any(f.rescale_type not in ("", "HU", "US") for f in facts):
             raise Refusal("not_hounsfield", "The CT images hold another quantity than Hounsfield units (RescaleType).")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from highdicom.spatial import get_volume_positions
 from numpy.typing import NDArray
 
 from ..errors import Refusal
+from .dicom_contrast import repeated_position
+from .dicom_gaps import check_whole, uneven
 from .dicom_header import SliceHeader
 from .policy import ReaderPolicy
 
-__all__ = ["arrange"]
+__all__ = ["Arrangement", "arrange", "planes_of"]
 
 Vector = NDArray[np.float64]
 
@@ -20,47 +23,78 @@ Vector = NDArray[np.float64]
 UNIT_LENGTH_TOLERANCE = 1e-3
 # Comparisons in mm carry float64 rounding of coordinates up to 10⁴ mm.
 ROUNDING_MM = 1e-6
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
-def arrange(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> tuple[list[int], Vector]:
+@dataclass(frozen=True)
+class Arrangement:
+    """How the images of a series make one grid.
+
+    Args:
+        order: (N,) indices into the headers, along row × column direction.
+        affine: (4, 4) voxel (column, row, slice) → RAS+ mm.
+        positions: (N,) mm, ImagePositionPatient · plane normal as written, in that order.
+        spacing: distance between neighbouring planes, mm.
+        deviation: the farthest that a slice's own position lies from the grid, mm.
+        tilt: degrees between the stacking direction and the plane normal.
+    """
+
+    order: list[int]
+    affine: Vector
+    positions: tuple[float, ...]
+    spacing: float
+    deviation: float
+    tilt: float
+
+
+def arrange(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> Arrangement:
     """Order the slices along row × column direction and fit the one affine that holds for all of them.
 
-    The affine is the rigid grid whose slice axis is the plane normal and whose offset and spacing fit all positions
-    best (least squares); a series is accepted when no slice lies farther from it than `position_tolerance_mm`.
+    The affine is the grid whose offset and slice step fit all positions best (least squares): upright, with the step
+    along the plane normal, where that holds within `position_tolerance_mm` for every slice, else leaning by one angle.
 
     Args:
         headers: the images of one series, any order.
         policy: the tolerances.
 
-    Returns:
-        Indices into `headers` in order, and the (4, 4) affine, voxel (column, row, slice) → RAS+ mm.
-
     Raises:
         Refusal: `position_absent`, `orientation_absent`, `spacing_absent`, `bad_position`, `bad_orientation`,
-            `bad_spacing`, `mixed_orientation`, `mixed_pixel_spacing`, `repeated_position`, `gantry_tilt`,
-            `misaligned_slices`, `missing_slices`, `uneven_spacing`.
+            `bad_spacing`, `localizer`, `mixed_orientation`, `mixed_pixel_spacing`, `repeated_position` or its cause,
+            `gantry_tilt`, `misaligned_slices`, `missing_slices`, `uneven_spacing`, `truncated_series`,
+            `coverage_short`.
     """
     positions = _stack(headers, "position", "ImagePositionPatient")  # (N, 3)
     orientations = _stack(headers, "orientation", "ImageOrientationPatient")  # (N, 6)
-    spacings = _stack(headers, "spacing", "PixelSpacing")  # (N, 2)
+    spacings = _stack(headers, "pixel_spacing", "PixelSpacing")  # (N, 2)
     row, column = _plane(orientations, policy)
     _check_pixel_spacing(spacings, headers[0], policy)
-    normal = np.cross(row, column)
+    axes = np.c_[row, column, np.cross(row, column)]  # (3, 3)
     if len(headers) == 1:
-        order, origin, gap = [0], positions[0], _single_gap(headers[0], policy)
+        gap = _single_gap(headers[0], policy)
+        order, origin, step, deviation = [0], positions[0], axes[:, 2] * gap, 0.0
     else:
-        order, origin, gap = _stack_of_slices(positions, row, column, normal, policy)
+        order, origin, step, deviation = _stack_of_slices(headers, positions, axes, policy)
+        gap = float(step @ axes[:, 2])
+    check_whole(headers, gap, policy)
     affine = np.eye(4)
-    affine[:3] = np.c_[row * spacings[0, 1], column * spacings[0, 0], normal * gap, origin]
-    return order, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # DICOM's LPS+ → RAS+
+    affine[:3] = np.c_[row * spacings[0, 1], column * spacings[0, 0], step, origin]
+    return Arrangement(
+        order=order,
+        affine=LPS_TO_RAS @ affine,
+        positions=tuple((positions[order] @ axes[:, 2]).tolist()),
+        spacing=gap,
+        deviation=deviation,
+        tilt=float(np.degrees(np.arctan2(np.linalg.norm(axes[:, :2].T @ step), gap))),
+    )
 
 
 def _stack(headers: Sequence[SliceHeader], name: str, tag: str) -> Vector:
-    values = [h.pixel_spacing if name == "spacing" else getattr(h, name) for h in headers]
+    code = name.removeprefix("pixel_")
+    values = [getattr(h.facts, name) for h in headers]
     absent = sum(v is None for v in values)
     if absent:
         raise Refusal(
-            f"{name}_absent",
+            f"{code}_absent",
             f"{absent} of {len(values)} images carry no {tag}, so their place in space is unknown.",
             tag=tag,
             affected=absent,
@@ -68,8 +102,27 @@ def _stack(headers: Sequence[SliceHeader], name: str, tag: str) -> Vector:
         )
     array = np.array(values, dtype=np.float64)
     if not np.isfinite(array).all():
-        raise Refusal(f"bad_{name}", f"{tag} is not a number in at least one image.", tag=tag)
+        raise Refusal(f"bad_{code}", f"{tag} is not a number in at least one image.", tag=tag)
     return array
+
+
+def planes_of(orientations: Vector, limit: float) -> int:
+    """How many planes some images lie in; 0 where the directions say nothing.
+
+    Args:
+        orientations: (N, 6) ImageOrientationPatient.
+        limit: radians within which two planes are one.
+    """
+    normals = np.cross(orientations[:, :3], orientations[:, 3:])
+    lengths = np.linalg.norm(normals, axis=1)
+    if not np.isfinite(lengths).all() or (lengths < 0.5).any():
+        return 0
+    normals /= lengths[:, None]
+    kept: list[Vector] = []
+    for normal in normals:
+        if not any(np.linalg.norm(np.cross(normal, one)) <= np.sin(limit) for one in kept):
+            kept.append(normal)
+    return len(kept)
 
 
 def _plane(orientations: Vector, policy: ReaderPolicy) -> tuple[Vector, Vector]:
@@ -92,19 +145,34 @@ def _plane(orientations: Vector, policy: ReaderPolicy) -> tuple[Vector, Vector]:
     # Half-angle form: arccos of a cosine near 1 cannot resolve angles below 10⁻⁶ degrees.
     turns = 2 * np.arcsin(np.clip(np.linalg.norm(cosines - cosines[0], axis=2) / 2, 0, 1))
     if turns.max() > limit:
-        degrees = float(np.degrees(turns.max()))
-        kinds = int((turns.max(axis=1) > limit).sum())
-        raise Refusal(
-            "mixed_orientation",
-            f"{kinds} of {len(cosines)} images are turned by up to {degrees:.2f}° against the first; one volume needs "
-            "parallel slices.",
-            degrees=degrees,
-            affected=kinds,
-            images=len(cosines),
-        )
+        raise _several_planes(orientations, turns, limit)
     row = cosines[0, 0]
     column = cosines[0, 1] - row * (row @ cosines[0, 1])
     return row, column / np.linalg.norm(column)
+
+
+def _several_planes(orientations: Vector, turns: Vector, limit: float) -> Refusal:
+    degrees = float(np.degrees(turns.max()))
+    count = len(orientations)
+    planes, kinds = planes_of(orientations, limit), int((turns.max(axis=1) > limit).sum())
+    # One image in another plane is a stray one; a scout has its images spread over two or three planes.
+    spread = min(kinds, count - kinds) > 1 or planes == count
+    if planes in (2, 3) and degrees > 60 and spread:
+        return Refusal(
+            "localizer",
+            f"The {count} images lie in {planes} planes at right angles, as a scout (localizer) does, which is no "
+            "volume; give the series that it planned.",
+            planes=planes,
+            images=count,
+        )
+    return Refusal(
+        "mixed_orientation",
+        f"{kinds} of {count} images are turned by up to {degrees:.2f}° against the first; one volume needs parallel "
+        "slices.",
+        degrees=degrees,
+        affected=kinds,
+        images=count,
+    )
 
 
 def _check_pixel_spacing(spacings: Vector, first: SliceHeader, policy: ReaderPolicy) -> None:
@@ -130,7 +198,7 @@ def _check_pixel_spacing(spacings: Vector, first: SliceHeader, policy: ReaderPol
 def _single_gap(header: SliceHeader, policy: ReaderPolicy) -> float:
     low, high = policy.spacing_range_mm
     # Thickness first: some scanners write the gap between slices, not the distance, into SpacingBetweenSlices.
-    for value in (header.slice_thickness, header.slice_spacing):
+    for value in (header.facts.slice_thickness, header.facts.slice_spacing):
         if value is not None and low <= value <= high:
             return value
     raise Refusal(
@@ -141,91 +209,89 @@ def _single_gap(header: SliceHeader, policy: ReaderPolicy) -> float:
 
 
 def _stack_of_slices(
-    positions: Vector, row: Vector, column: Vector, normal: Vector, policy: ReaderPolicy
-) -> tuple[list[int], Vector, float]:
+    headers: Sequence[SliceHeader], positions: Vector, axes: Vector, policy: ReaderPolicy
+) -> tuple[list[int], Vector, Vector, float]:
+    """The order, the origin and the step in mm (LPS+), and the largest deviation from them in mm."""
     count = len(positions)
+    normal = axes[:, 2]
     depth = positions @ normal  # (N,) mm
     order = np.argsort(depth, kind="stable")
     gaps = np.diff(depth[order])
-    repeated = int((gaps < policy.spacing_range_mm[0]).sum())
-    if repeated:
-        raise Refusal(
-            "repeated_position",
-            f"{count} images lie at only {count - repeated} positions: several time points, echoes or directions, or "
-            "copies that differ; give one of them.",
-            images=count,
-            positions=count - repeated,
-        )
-    _check_straight(positions[order], depth[order], np.c_[row, column], policy)
+    near = gaps < policy.spacing_range_mm[0]
+    if near.any():
+        numbers = np.empty(count, dtype=int)
+        numbers[order] = np.cumsum(np.r_[0, ~near])
+        raise repeated_position(headers, numbers.tolist())
+    limit = policy.position_tolerance_mm + ROUNDING_MM
+    leaning = _leaning(positions[order], depth[order], axes[:, :2], limit)
     mean = float((depth.max() - depth.min()) / (count - 1))
     # highdicom judges one gap at a time, by one tolerance, which is given here as the tighter of our two. Its test of
     # the slice direction is switched off (2.5 admits every direction): 1 − cosine < 0.001 lets 2.5° of tilt pass, and
-    # between close slices refuses mere jitter; `_check_straight` measures the same in mm.
+    # between close slices refuses mere jitter; `_leaning` measures the same in mm.
     tolerance = min(policy.spacing_tolerance_mm, policy.spacing_tolerance_relative * mean) + ROUNDING_MM
-    iop = [*row, *column]
     spacing, places = get_volume_positions(
-        positions.tolist(), iop, atol=tolerance, perpendicular_tol=2.5, index_convention=("R", "D")
+        positions.tolist(),
+        axes[:, :2].T.ravel().tolist(),
+        atol=tolerance,
+        perpendicular_tol=2.5,
+        index_convention=("R", "D"),
     )
     if spacing is None or places is None or mean > policy.spacing_range_mm[1]:
-        raise _uneven(gaps, policy)
+        raise uneven(gaps, policy)
     # Gaps that are each within tolerance can still drift apart from a straight line together; the fit sees that.
     index = np.arange(count, dtype=np.float64)
-    step, start = np.polyfit(index, depth[order], 1)
-    plane_offset = positions @ np.c_[row, column]  # (N, 2)
-    origin = np.c_[row, column] @ plane_offset.mean(axis=0) + normal * start
-    fitted = origin + index[:, None] * step * normal
-    residual = float(np.linalg.norm(positions[order] - fitted, axis=1).max())
-    if residual > policy.position_tolerance_mm + ROUNDING_MM:
+    step, origin = np.polyfit(index, positions[order], 1)  # (3,), (3,) mm
+    if not leaning:
+        sideways = axes[:, :2] @ (axes[:, :2].T @ positions.mean(axis=0))
+        step, origin = normal * (step @ normal), sideways + normal * (origin @ normal)
+    deviation = float(np.linalg.norm(positions[order] - origin - index[:, None] * step, axis=1).max())
+    if deviation > limit:
         raise Refusal(
             "uneven_spacing",
-            f"A slice lies {residual:.2f} mm from an even grid (allowed: {policy.position_tolerance_mm} mm).",
-            residual_mm=residual,
+            f"A slice lies {deviation:.2f} mm from an even grid (allowed: {policy.position_tolerance_mm} mm).",
+            deviation_mm=deviation,
             smallest_gap_mm=float(gaps.min()),
             largest_gap_mm=float(gaps.max()),
         )
-    return np.argsort(places).tolist(), origin, float(step)
+    if leaning:
+        _check_tilt(step, normal, policy)
+    return np.argsort(places).tolist(), origin, step, deviation
 
 
-def _check_straight(positions: Vector, depth: Vector, axes: Vector, policy: ReaderPolicy) -> None:
-    sideways = (positions - positions[0]) @ axes  # (N, 2) mm in the plane
+def _leaning(positions: Vector, depth: Vector, axes: Vector, limit: float) -> bool:
+    """Whether the stack leans by one angle.
+
+    Raises:
+        Refusal: `misaligned_slices` where slices lie sideways of each other otherwise.
+    """
+    sideways = positions @ axes  # (N, 2) mm in the plane
     sideways = sideways - sideways.mean(axis=0)
-    limit = policy.position_tolerance_mm + ROUNDING_MM
     largest = float(np.linalg.norm(sideways, axis=1).max())
     if largest <= limit:
-        return
+        return False
     centred = depth - depth.mean()
     slope = centred @ sideways / (centred @ centred)  # (2,) mm sideways per mm of depth
     if np.linalg.norm(sideways - centred[:, None] * slope, axis=1).max() <= limit:
-        degrees = float(np.degrees(np.arctan(np.linalg.norm(slope))))
-        raise Refusal(
-            "gantry_tilt",
-            f"The slices are stacked {degrees:.1f}° off the normal of their plane (gantry tilt), which this "
-            "version does not read; resample the series to an upright grid.",
-            degrees=degrees,
-        )
+        return True
     raise Refusal(
         "misaligned_slices",
-        f"The slices are shifted sideways against each other by up to {largest:.2f} mm, so they are no upright stack.",
+        f"The slices are shifted sideways against each other by up to {largest:.2f} mm, so they are no stack.",
         shift_mm=largest,
     )
 
 
-def _uneven(gaps: Vector, policy: ReaderPolicy) -> Refusal:
-    usual = float(np.median(gaps)) if len(gaps) > 2 else float(gaps.min())
-    steps = np.round(gaps / usual)
-    facts = {"smallest_gap_mm": float(gaps.min()), "largest_gap_mm": float(gaps.max()), "usual_gap_mm": usual}
-    tolerance = np.minimum(policy.spacing_tolerance_mm, policy.spacing_tolerance_relative * usual) + ROUNDING_MM
-    if steps.min() >= 1 and steps.max() > 1 and np.all(np.abs(gaps - steps * usual) <= tolerance * steps):
-        missing = int(steps.sum() - len(steps))
-        return Refusal(
-            "missing_slices",
-            f"{missing} slices are missing between the others (usual distance {usual:.2f} mm); copy the whole series.",
-            missing=missing,
-            **facts,
-        )
-    return Refusal(
-        "uneven_spacing",
-        f"The distance between neighbouring slices varies from {gaps.min():.2f} to {gaps.max():.2f} mm; one "
-        "volume needs even spacing.",
-        **facts,
+def _check_tilt(step: Vector, normal: Vector, policy: ReaderPolicy) -> None:
+    gap = float(step @ normal)
+    degrees = float(np.degrees(np.arctan2(np.linalg.norm(step - normal * gap), gap)))
+    if policy.gantry_tilt != "refuse" and degrees <= policy.max_tilt_degrees:
+        return
+    reason = (
+        "which this task does not accept; resample the series to an upright grid, or set gantry_tilt to resample"
+        if policy.gantry_tilt == "refuse"
+        else f"more than the {policy.max_tilt_degrees:g}° that gantries tilt to, so its positions are not to be trusted"
+    )
+    raise Refusal(
+        "gantry_tilt",
+        f"The slices are stacked {degrees:.1f}° off the normal of their plane (gantry tilt), {reason}.",
+        degrees=degrees,
     )

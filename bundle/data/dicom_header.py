@@ -1,9 +1,9 @@
-"""A file on disk → the facts of one DICOM image that decide whether it belongs in a volume."""
+"""A DICOM file → the facts of each of its images that decide whether it belongs in a volume."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from ..errors import Refusal
+from .dicom_frames import FRAME_SEQUENCES, FrameFacts, frame_facts, root_facts
 from .dicom_tags import (
     hint,
     integer,
-    number,
-    numbers,
+    items,
+    private_number,
     quiet_pydicom,
     read_dataset,
     required_uid,
@@ -26,50 +27,74 @@ from .dicom_tags import (
     words,
 )
 
-__all__ = ["SliceHeader", "has_dicom_content", "is_image", "is_litter", "looks_like_dicom", "read_header"]
+__all__ = ["SliceHeader", "is_image", "read_headers", "uid_of"]
 
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
+# Enhanced and legacy-converted CT and MR: geometry lies in functional groups, whatever the number of frames.
+ENHANCED = {CT_IMAGE + ".1", CT_IMAGE + ".2", MR_IMAGE + ".1", MR_IMAGE + ".4"}
 
-# What tells apart the images of a series that holds one slice several times.
-CONTRAST_KEYWORDS = ("EchoNumbers", "TemporalPositionIdentifier", "DiffusionBValue")
-
+# JPEG baseline and extended, JPEG-LS near-lossless: never without loss, whatever the tags say.
+LOSSY_SYNTAXES = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81)}
+SIEMENS_MOSAIC = 0x0019100A
+# Private b-values, by the scanners' owners of the block.
+B_VALUES = ((0x0019100C, "SIEMENS MR HEADER"), (0x00431039, "GEMS_PARM_01"), (0x20011003, "Philips Imaging DD 001"))
+RESCALE = ("RescaleSlope", "RescaleIntercept", "RescaleType")
 # Nothing else of a file is parsed: what is not read cannot leak. Of the patient only a digest is kept.
-HEADER_KEYWORDS = (
+HEADER_TAGS: tuple[str | int, ...] = (
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID",
-    "PatientID", "PatientName", "Modality", "ImageType", "BurnedInAnnotation", "NumberOfFrames",
+    "PatientID", "PatientName", "Modality", "ImageType", "BurnedInAnnotation", "NumberOfFrames", "SeriesDescription",
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "LossyImageCompression",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence",
-    "EchoTime", *CONTRAST_KEYWORDS,
+    *RESCALE, "ModalityLUTSequence", "ContrastBolusAgent",
+    "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber", "AcquisitionTime",
+    "TriggerTime", "ImagesInAcquisition", "ConcatenationUID", "InConcatenationTotalNumber",
+    SIEMENS_MOSAIC, *(tag for tag, _ in B_VALUES), 0x00190010, 0x00430010, 0x20010010,
 )  # fmt: skip
-
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-# AppleDouble: the `._name` shadow that macOS writes beside every file on foreign disks and into zip files.
-APPLE_DOUBLE = b"\x00\x05\x16\x07"
 
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """The facts of one DICOM image; None where the file does not say.
+    """The facts of one image: a single-frame DICOM file, or one frame of a multi-frame one.
 
-    `patient` is a digest of name and ID, good for telling two patients apart and nothing else. `pixel_bytes` is what
-    the file really holds of the pixel data, −1 where encapsulated, None where there is none. Lengths are in mm.
-    `echo_time` is in ms; `contrast` is echo number, time point and b-value as written.
+    None where the file does not say. Lengths are in mm.
+
+    Args:
+        path: the file.
+        frame: number of the frame in the file, from 0; None for a single-frame image.
+        patient: digest of PatientID and PatientName, good for telling two patients apart and nothing else.
+        patient_id: digest of PatientID alone; None where there is none.
+        frames: NumberOfFrames of the file.
+        groups: number of functional groups in the file; None where it has none.
+        mosaic: many slices tiled into one picture.
+        pixel_bytes: what the file really holds of the pixel data; −1 where encapsulated, None where there is none.
+        images_in_acquisition: as written; with it `acquisition` tells whether all of them are there.
+        concatenation: UID and total number of parts where the object is one of several, or None.
+        description: SeriesDescription; free text that may name a patient, to be matched and never to be shown unasked.
+        facts: geometry, rescaling and contrast of this frame.
     """
 
     path: Path
+    frame: int | None
     sop_uid: str
     series_uid: str
     study_uid: str | None
     frame_uid: str | None
     patient: bytes
+    patient_id: bytes | None
     sop_class: str
     transfer_syntax: str
     modality: str
     image_type: tuple[str, ...]
     burned_in: bool
+    mosaic: bool
+    lossy: bool
+    contrast_agent: bool
+    description: str
     frames: int
+    groups: int | None
     rows: int | None
     columns: int | None
     samples: int
@@ -78,55 +103,17 @@ class SliceHeader:
     bits_stored: int | None
     high_bit: int | None
     pixel_representation: int | None
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    pixel_spacing: tuple[float, ...] | None
-    slice_thickness: float | None
-    slice_spacing: float | None
-    rescale_slope: float | None
-    rescale_intercept: float | None
-    rescale_type: str
     has_modality_lut: bool
-    echo_time: float | None
-    contrast: tuple[str, ...]
+    images_in_acquisition: float | None
+    acquisition: float | None
+    concatenation: tuple[str, int | None] | None
     pixel_bytes: int | None
+    facts: FrameFacts
 
-
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)
-    except OSError as error:
-        raise unreadable() from error
-
-
-def has_dicom_content(path: Path) -> bool:
-    """Whether a file begins as DICOM files do: 128 bytes, then DICM."""
-    return _head(path)[128:] == b"DICM"
-
-
-def is_litter(path: Path) -> bool:
-    """Whether a file is the shadow that macOS leaves beside a real one; it carries the name and none of the image."""
-    return path.name.startswith("._") and _head(path).startswith(APPLE_DOUBLE)
-
-
-def looks_like_dicom(path: Path) -> bool:
-    """Whether a file claims to be DICOM by name, or begins with a DICOM tag without the preamble.
-
-    Such a file is never skipped as junk: it may be a damaged slice of the series.
-    """
-    return path.suffix.lower() in DICOM_SUFFIXES or _head(path)[:4] in (b"\x08\x00\x05\x00", b"\x08\x00\x08\x00")
-
-
-def _patient_digest(dataset: FileDataset) -> bytes:
-    parts = []
-    for keyword in ("PatientID", "PatientName"):
-        element: Any = dataset.get_item(keyword) if keyword in dataset else None
-        value = element.value if element is not None else None
-        # The raw bytes are compared; decoding text would bring character sets, and their warnings, into it.
-        raw = value if isinstance(element, RawDataElement) and isinstance(value, bytes) else str(value or "").encode()
-        parts.append(raw.strip(b"\0 "))
-    return hashlib.sha256(b"\0".join(parts)).digest()
+    @property
+    def is_enhanced(self) -> bool:
+        """Whether geometry lies in functional groups."""
+        return self.sop_class in ENHANCED
 
 
 def is_image(path: Path) -> bool:
@@ -139,6 +126,15 @@ def is_image(path: Path) -> bool:
             return True
 
 
+def uid_of(path: Path, keyword: str) -> str | None:
+    """A UID of a DICOM file, such as its StudyInstanceUID; None where it cannot be known."""
+    with quiet_pydicom():
+        try:
+            return uid(read_dataset(path, (keyword,), 4096), keyword)
+        except Refusal:
+            return None
+
+
 def _is_image(dataset: FileDataset) -> bool:
     declared = (uid(dataset, "SOPClassUID"), str(dataset.file_meta.get("MediaStorageSOPClassUID", "")))
     names = [(one, UID(one).name) for one in declared if one]
@@ -147,32 +143,53 @@ def _is_image(dataset: FileDataset) -> bool:
     return not other or any(keyword in dataset for keyword in PIXEL_KEYWORDS)
 
 
-def read_header(path: Path) -> SliceHeader | None:
+def read_headers(path: Path) -> list[SliceHeader]:
     """Read the facts of one DICOM file without its pixels.
 
     Returns:
-        The header, or None where the file is DICOM but holds no image (SR, PR, DICOMDIR, plans, waveforms).
+        A header an image; several for a multi-frame object with functional groups; none where the file is DICOM but
+        holds no image (SR, PR, DICOMDIR, plans, waveforms).
 
     Raises:
         Refusal: `unreadable_file`, `bad_tag`, `uid_absent`, `too_large`.
     """
     with quiet_pydicom():
-        dataset = read_dataset(path, HEADER_KEYWORDS + PIXEL_KEYWORDS, 4096)
+        dataset = read_dataset(path, HEADER_TAGS + PIXEL_KEYWORDS, 4096)
         if not _is_image(dataset):
-            return None
-        return SliceHeader(
+            return []
+        # A file that was cut: pydicom gives nothing where it ends within its pixels, and less where within its header.
+        whole = any(keyword in dataset for keyword in PIXEL_KEYWORDS)
+        if not whole and not all(keyword in dataset for keyword in ("SOPInstanceUID", "SeriesInstanceUID")):
+            raise unreadable()
+        sop_class = uid(dataset, "SOPClassUID") or ""
+        groups = None
+        if sop_class in ENHANCED:
+            # On its own: these sequences may be of any length, and must be read whole.
+            sequences = read_dataset(path, (*FRAME_SEQUENCES, *RESCALE), None, stop_before_pixels=True)
+            groups = items(sequences, "PerFrameFunctionalGroupsSequence")
+        name, patient_id = _raw(dataset, "PatientName"), _raw(dataset, "PatientID")
+        part = uid(dataset, "ConcatenationUID")
+        syntax = uid(dataset.file_meta, "TransferSyntaxUID") or ""
+        header = SliceHeader(
             path=path,
+            frame=None,
             sop_uid=required_uid(dataset, "SOPInstanceUID"),
             series_uid=required_uid(dataset, "SeriesInstanceUID"),
             study_uid=uid(dataset, "StudyInstanceUID"),
             frame_uid=uid(dataset, "FrameOfReferenceUID"),
-            patient=_patient_digest(dataset),
-            sop_class=uid(dataset, "SOPClassUID") or "",
-            transfer_syntax=uid(dataset.file_meta, "TransferSyntaxUID") or "",
+            patient=hashlib.sha256(patient_id + b"\0" + name).digest(),
+            patient_id=hashlib.sha256(patient_id).digest() if patient_id else None,
+            sop_class=sop_class,
+            transfer_syntax=syntax,
             modality=word(dataset, "Modality"),
             image_type=words(dataset, "ImageType"),
             burned_in=word(dataset, "BurnedInAnnotation") == "YES",
+            mosaic=_is_mosaic(dataset),
+            lossy=word(dataset, "LossyImageCompression") == "01" or syntax in LOSSY_SYNTAXES,
+            contrast_agent=word(dataset, "ContrastBolusAgent") not in ("", "NONE", "NO"),
+            description=word(dataset, "SeriesDescription"),
             frames=integer(dataset, "NumberOfFrames") or 1,
+            groups=None if groups is None else len(groups),
             rows=integer(dataset, "Rows"),
             columns=integer(dataset, "Columns"),
             samples=integer(dataset, "SamplesPerPixel") or 1,
@@ -181,19 +198,29 @@ def read_header(path: Path) -> SliceHeader | None:
             bits_stored=integer(dataset, "BitsStored"),
             high_bit=integer(dataset, "HighBit"),
             pixel_representation=integer(dataset, "PixelRepresentation"),
-            position=numbers(dataset, "ImagePositionPatient", 3),
-            orientation=numbers(dataset, "ImageOrientationPatient", 6),
-            pixel_spacing=numbers(dataset, "PixelSpacing", 2),
-            slice_thickness=hint(dataset, "SliceThickness"),
-            slice_spacing=hint(dataset, "SpacingBetweenSlices"),
-            rescale_slope=number(dataset, "RescaleSlope"),
-            rescale_intercept=number(dataset, "RescaleIntercept"),
-            rescale_type=word(dataset, "RescaleType"),
             has_modality_lut="ModalityLUTSequence" in dataset,
-            echo_time=number(dataset, "EchoTime"),
-            contrast=tuple(word(dataset, k) for k in CONTRAST_KEYWORDS),
+            images_in_acquisition=hint(dataset, "ImagesInAcquisition"),
+            acquisition=hint(dataset, "AcquisitionNumber"),
+            concatenation=None if part is None else (part, integer(dataset, "InConcatenationTotalNumber")),
             pixel_bytes=_pixel_bytes(dataset, path),
+            facts=root_facts(dataset, B_VALUES),
         )
+        if groups is None:
+            return [header]
+        return [replace(header, frame=k, facts=facts) for k, facts in enumerate(frame_facts(sequences, groups))]
+
+
+def _raw(dataset: FileDataset, keyword: str) -> bytes:
+    """The bytes of a text value: decoding it would bring character sets, and their warnings, into a comparison."""
+    element: Any = dataset.get_item(keyword) if keyword in dataset else None
+    value = element.value if element is not None else None
+    raw = value if isinstance(element, RawDataElement) and isinstance(value, bytes) else str(value or "").encode()
+    return raw.strip(b"\0 ").rstrip(b"^")
+
+
+def _is_mosaic(dataset: FileDataset) -> bool:
+    tiles = private_number(dataset, SIEMENS_MOSAIC, "SIEMENS MR HEADER")
+    return "MOSAIC" in words(dataset, "ImageType") or (tiles is not None and tiles > 1)
 
 
 def _pixel_bytes(dataset: FileDataset, path: Path) -> int | None:

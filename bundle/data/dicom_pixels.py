@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +13,31 @@ from pydicom.dataset import FileDataset
 from pydicom.pixels import pixel_array
 
 from ..errors import Refusal
+from .decoder import decode_frames
 from .dicom_header import SliceHeader
 from .dicom_tags import quiet_pydicom, read_dataset
 
-__all__ = ["read_values", "stored_values"]
+__all__ = ["Pixels", "read_pixels", "stored_values"]
 
 PIXEL_TAGS = (
     "SOPInstanceUID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit",
     "PixelData",
 )  # fmt: skip
+# Nothing is less dense than vacuum, −1000 HU; scanners clip at −1024, the least value of a 12-bit CT.
+LEAST_HU = -1024.0
+
+Stored = NDArray[np.integer]
 
 
-def read_values(headers: Sequence[SliceHeader]) -> NDArray[np.float32]:
+class Pixels(NamedTuple):
+    """Values of a series: (X, Y, Z) float32 (columns, rows, slices), and how many of them are padding."""
+
+    array: NDArray[np.float32]
+    padding: int
+
+
+def read_pixels(headers: Sequence[SliceHeader]) -> Pixels:
     """Decode the slices in the order given.
 
     Value = stored · RescaleSlope + RescaleIntercept of the same slice; without the two tags the stored value itself.
@@ -32,77 +45,127 @@ def read_values(headers: Sequence[SliceHeader]) -> NDArray[np.float32]:
     units for CT) under either. Padding outside the scanner's field (PixelPaddingValue) is no measurement: it takes the
     least real value of the volume, so that it is never brighter than air and never widens an intensity range.
 
+    Compression with loss blurs padding into values beside it. In a lossy CT image whose padding lies below −1024 HU
+    everything below −1024 HU therefore counts as padding.
+
     Args:
         headers: checked images of one series, ordered.
 
-    Returns:
-        (X, Y, Z) float32: columns, rows, slices.
-
     Raises:
-        Refusal: `pixel_data_corrupt`, `file_changed`, `bad_values`, `only_padding`.
+        Refusal: `pixel_data_corrupt`, `decode_limit`, `decoder_unavailable`, `file_changed`, `mixed_pixel_format`,
+            `bad_values`, `only_padding`.
     """
     columns, rows = headers[0].columns or 0, headers[0].rows or 0
     values = np.empty((columns, rows, len(headers)), dtype=np.float32, order="F")
-    padded = False
-    for k, header in enumerate(headers):
-        stored, padding = _read_slice(header)
-        slope = 1.0 if header.rescale_slope is None else header.rescale_slope
-        intercept = 0.0 if header.rescale_intercept is None else header.rescale_intercept
-        with np.errstate(over="ignore"):
-            values[:, :, k] = (stored.astype(np.float64) * slope + intercept).T
-        if not np.isfinite(values[:, :, k]).all():
-            raise Refusal("bad_values", "The rescaled values of at least one image are beyond any measurement.")
-        if padding.any():
-            padded = True
-            values[:, :, k][padding.T] = np.nan
+    layouts = {(h.bits_allocated, h.bits_stored, h.high_bit) for h in headers}
+    padded = 0
+    for path in dict.fromkeys(h.path for h in headers):
+        places = [k for k, h in enumerate(headers) if h.path == path]
+        for k, (stored, padding, stray) in zip(places, _read_file([headers[k] for k in places]), strict=True):
+            if stray and len(layouts) > 1:
+                raise _mixed_format()
+            values[:, :, k] = _rescaled(stored, headers[k])
+            padding |= _blurred_padding(values[:, :, k].T, padding, headers[k])
+            if padding.any():
+                padded += int(padding.sum())
+                values[:, :, k][padding.T] = np.nan
     if padded:
-        if np.isnan(values).all():
+        if padded == values.size:
             raise Refusal("only_padding", "Every pixel is marked as padding (PixelPaddingValue); nothing was measured.")
         values[np.isnan(values)] = np.nanmin(values)
+    return Pixels(values, padded)
+
+
+def _rescaled(stored: Stored, header: SliceHeader) -> NDArray[np.float64]:
+    slope = 1.0 if header.facts.rescale_slope is None else header.facts.rescale_slope
+    intercept = 0.0 if header.facts.rescale_intercept is None else header.facts.rescale_intercept
+    values = (stored.astype(np.float64) * slope + intercept).T
+    if not (np.abs(values) <= np.finfo(np.float32).max).all():
+        raise Refusal("bad_values", "The rescaled values of at least one image are beyond any measurement.")
     return values
 
 
-def _read_slice(header: SliceHeader) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+def _blurred_padding(values: NDArray[np.float32], padding: NDArray[np.bool_], header: SliceHeader) -> NDArray[np.bool_]:
+    if not (header.lossy and header.modality == "CT" and padding.any() and values[padding].max() < LEAST_HU):
+        return padding
+    return values < LEAST_HU
+
+
+def _mixed_format() -> Refusal:
+    return Refusal(
+        "mixed_pixel_format",
+        "The images of the series differ in their bit layout (BitsStored, HighBit), and at least one holds pixels that "
+        "do not fit its own: its layout is wrong.",
+    )
+
+
+def _read_file(headers: Sequence[SliceHeader]) -> Iterator[tuple[Stored, NDArray[np.bool_], bool]]:
+    """The images of one file: stored values, padding, and whether bits outside of the stored ones are used."""
+    first = headers[0]
     with quiet_pydicom():
-        dataset = read_dataset(header.path, PIXEL_TAGS, None)
+        dataset = read_dataset(first.path, PIXEL_TAGS, None)
         same = (str(dataset.get("SOPInstanceUID", "")).strip("\0 "), dataset.get("Rows"), dataset.get("Columns"))
-        if same != (header.sop_uid, header.rows, header.columns):
+        if same != (first.sop_uid, first.rows, first.columns):
             raise Refusal("file_changed", "A DICOM file changed while it was being read; read the folder again.")
-        allocated, bits, high = header.bits_allocated or 0, header.bits_stored or 0, header.high_bit or 0
-        native = header.pixel_bytes != -1
+        limits = [
+            _padding(dataset, k, first.bits_allocated or 0) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")
+        ]
+        native = first.pixel_bytes != -1
+        frames = [h.frame or 0 for h in headers]
+        images = _native(dataset, frames) if native else _compressed(first.path, frames)
+        for raw in images:
+            if raw.shape != (first.rows, first.columns) or raw.dtype.kind not in "iu":
+                raise _corrupt()
+            yield _interpreted(raw.astype(raw.dtype.newbyteorder("="), copy=False), first, native, limits)
+
+
+def _native(dataset: FileDataset, frames: Sequence[int]) -> Iterator[Stored]:
+    for frame in frames:
         try:
             # pydicom shifts away unused bits as if the highest stored bit were BitsStored − 1; older files place their
-            # bits elsewhere, with overlays beside them. For compressed pixels its sign corrections are the right ones.
-            raw = pixel_array(dataset, raw=True, correct_unused_bits=not native)
+            # bits elsewhere, with overlays beside them.
+            raw = pixel_array(dataset, index=frame, raw=True, correct_unused_bits=False)
         except MemoryError:
             raise
-        except Exception as error:  # every codec raises its own types
+        except Exception as error:  # pydicom raises what it meets
             raise _corrupt() from error
-        if raw.shape != (header.rows, header.columns) or raw.dtype.kind not in "iu":
-            raise _corrupt()
-        raw = raw.astype(raw.dtype.newbyteorder("="), copy=False)
-        signed = header.pixel_representation == 1
-        stored = stored_values(raw, allocated, bits, high, signed) if native else raw
-        limits = [_padding(dataset, k, allocated) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    if limits[0] is None:
-        return stored, np.zeros(stored.shape, dtype=bool)
-    first = limits[0]
-    last = first if limits[1] is None else limits[1]
-    low, high_value = sorted(_as_stored(v, allocated, signed) for v in (first, last))
-    padding = (stored >= low) & (stored <= high_value)
-    if native and first == last:
-        # A padding value may need more bits than are stored; then only the pixel as written matches.
-        padding |= raw.view(f"u{raw.dtype.itemsize}") == first
-    return stored, padding
+        yield raw
+
+
+def _compressed(path: Path, frames: Sequence[int]) -> Iterator[Stored]:
+    # For compressed pixels pydicom's corrections of sign and unused bits are the right ones.
+    yield from decode_frames(path, frames)
 
 
 def _corrupt() -> Refusal:
     return Refusal("pixel_data_corrupt", "The pixels of at least one image cannot be decoded; copy the series again.")
 
 
-def stored_values(
-    raw: NDArray[np.integer], allocated: int, stored: int, high_bit: int, signed: bool
-) -> NDArray[np.integer]:
+def _interpreted(
+    raw: Stored, header: SliceHeader, native: bool, limits: Sequence[int | None]
+) -> tuple[Stored, NDArray[np.bool_], bool]:
+    allocated, signed = header.bits_allocated or 0, header.pixel_representation == 1
+    bits, high = header.bits_stored or 0, header.high_bit or 0
+    stored = stored_values(raw, allocated, bits, high, signed) if native else raw
+    padding = np.zeros(stored.shape, dtype=bool)
+    as_unsigned = raw.view(f"u{raw.dtype.itemsize}")
+    if limits[0] is not None:
+        first = limits[0]
+        last = first if limits[1] is None else limits[1]
+        low, most = sorted(_as_stored(v, allocated, signed) for v in (first, last))
+        padding = (stored >= low) & (stored <= most)
+        if native and first == last:
+            # A padding value may need more bits than are stored; then only the pixel as written matches.
+            padding |= as_unsigned == first
+    if not native:
+        return stored, padding, False
+    # A pixel as written is its value (the sign perhaps extended), or its stored bits; else something lies beside them.
+    mask = np.array(((1 << bits) - 1) << (high - bits + 1), dtype=as_unsigned.dtype)
+    beside = (as_unsigned != stored.view(as_unsigned.dtype)) & ((as_unsigned & ~mask) != 0)
+    return stored, padding, bool(beside[~padding].any())
+
+
+def stored_values(raw: Stored, allocated: int, stored: int, high_bit: int, signed: bool) -> Stored:
     """Cut the stored bits out of each pixel, dropping overlay bits above and below, and extend the sign.
 
     Args:
@@ -118,9 +181,7 @@ def stored_values(
     width = allocated // 8
     top = np.left_shift(raw.view(f"u{width}"), np.array(allocated - 1 - high_bit, dtype=f"u{width}"))
     kind = "i" if signed else "u"
-    shifted: NDArray[np.integer] = np.right_shift(
-        top.view(f"{kind}{width}"), np.array(allocated - stored, dtype=f"{kind}{width}")
-    )
+    shifted: Stored = np.right_shift(top.view(f"{kind}{width}"), np.array(allocated - stored, dtype=f"{kind}{width}"))
     return shifted
 
 
@@ -129,10 +190,13 @@ def _padding(dataset: FileDataset, keyword: str, allocated: int) -> int | None:
     element: Any = dataset.get_item(keyword) if keyword in dataset else None
     if element is None or element.value in (None, b"", ""):
         return None
-    if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
-        number = int.from_bytes(element.value[:2], "little" if element.is_little_endian else "big", signed=False)
-    else:
-        number = int(element.value)
+    try:
+        if isinstance(element, RawDataElement) and isinstance(element.value, bytes):
+            number = int.from_bytes(element.value[:2], "little" if element.is_little_endian else "big", signed=False)
+        else:
+            number = int(element.value)
+    except (TypeError, ValueError) as error:
+        raise Refusal("bad_tag", f"The DICOM tag {keyword} holds no valid value in at least one image.") from error
     # Two bytes, to be read as a pixel of the given width; a negative value keeps its meaning in wider pixels.
     if allocated == 32 and number >= 1 << 15 and dataset.get("PixelRepresentation") == 1:
         number -= 1 << 16

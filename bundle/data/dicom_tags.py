@@ -8,10 +8,10 @@ import re
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pydicom
 import pydicom.config
@@ -24,8 +24,10 @@ from ..errors import Refusal
 __all__ = [
     "hint",
     "integer",
+    "items",
     "number",
     "numbers",
+    "private_number",
     "quiet_pydicom",
     "read_dataset",
     "required_uid",
@@ -37,6 +39,8 @@ __all__ = [
 
 # A deflated file can unpack to a thousand times its size; one single-frame image of 4096² voxels needs 64 MiB.
 MAX_INFLATED_BYTES = 2**28
+# A file of nothing but empty elements takes minutes a gigabyte. 4000 frames of a scanner need a tenth of this.
+MAX_READS = 6_000_000
 UID_PATTERN = re.compile(r"[0-9.]{1,64}")
 _pydicom_lock = threading.RLock()
 
@@ -81,17 +85,52 @@ def unreadable(**facts: Any) -> Refusal:
     )
 
 
-def read_dataset(path: Path, keywords: tuple[str, ...], defer_size: int | None) -> FileDataset:
-    """Parse the named tags of one DICOM file, in bounded memory. Call inside `quiet_pydicom`.
+class _CountedFile:
+    """A file that ends the parsing of a header that never ends."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.reads = file, 0
+        self.seek, self.tell, self.name = file.seek, file.tell, file.name
+
+    def read(self, size: int = -1) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise Refusal(
+                "too_large",
+                "A DICOM file holds millions of tags, far beyond one image: it is damaged or not what it says.",
+                limit_reads=MAX_READS,
+            )
+        return self.file.read(size)
+
+
+def read_dataset(
+    path: Path, tags: Sequence[str | int], defer_size: int | None, *, stop_before_pixels: bool = False
+) -> FileDataset:
+    """Parse some tags of one DICOM file, in bounded memory and time. Call inside `quiet_pydicom`.
+
+    Args:
+        path: the file.
+        tags: keywords, and numbers of private tags.
+        defer_size: bytes; longer values are left in the file and cannot be read later. None reads all.
+        stop_before_pixels: end where the pixel data begin.
 
     Raises:
-        Refusal: `unreadable_file`, or `too_large` for a deflated file that unpacks beyond 256 MiB.
+        Refusal: `unreadable_file`, or `too_large` for a deflated file that unpacks beyond 256 MiB, or for a header of
+            millions of tags.
     """
     try:
         meta = pydicom.filereader.read_file_meta_info(path)
         if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
             _check_inflated_size(path, 144 + int(meta.FileMetaInformationGroupLength))
-        return pydicom.dcmread(path, specific_tags=list(keywords), defer_size=defer_size, force=False)
+        with path.open("rb") as file:
+            counted: Any = _CountedFile(file)
+            return pydicom.dcmread(
+                counted,
+                specific_tags=list(tags),  # type: ignore[arg-type] # keywords and numbers may be mixed
+                defer_size=defer_size,
+                stop_before_pixels=stop_before_pixels,
+                force=False,
+            )
     except (Refusal, MemoryError):
         raise
     except Exception as error:  # pydicom raises a dozen types on damaged files; none may pass for anything else
@@ -155,6 +194,45 @@ def hint(dataset: Dataset, keyword: str) -> float | None:
     try:
         return number(dataset, keyword)
     except Refusal:
+        return None
+
+
+def items(dataset: Dataset, keyword: str) -> list[Dataset] | None:
+    """The items of a sequence; None where it is absent.
+
+    Raises:
+        Refusal: `bad_tag` where it cannot be parsed.
+    """
+    value = _value(dataset, keyword)
+    if value is None:
+        return None
+    try:
+        found = list(value)
+    except Exception as error:  # pydicom parses sequences on access, and raises what the parsing raises
+        raise _bad_tag(keyword) from error
+    if not all(isinstance(item, Dataset) for item in found):
+        raise _bad_tag(keyword)
+    return found
+
+
+def private_number(dataset: Dataset, tag: int, creator: str) -> float | None:
+    """The first number of a private tag of a known owner; None where absent, of another owner, or no number.
+
+    Args:
+        dataset: a dataset whose block of that owner is (gggg,0010), as these scanners write it.
+        tag: the private tag, as a number.
+        creator: what (gggg,0010) must hold. An anonymiser may have removed it: then the tag counts as that owner's.
+    """
+    try:
+        owner = dataset[(tag >> 16, 0x10)].value if (tag >> 16, 0x10) in dataset else creator
+        if tag not in dataset or str(owner).strip("\0 ") != creator:
+            return None
+        value: Any = dataset[tag].value
+        if isinstance(value, bytes):
+            value = value.decode("ascii").strip("\0 ").split("\\")
+        first = value[0] if isinstance(value, (MultiValue, list)) else value
+        return float(first)
+    except Exception:  # whatever it is, it is no number; it only helps to name a reason
         return None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError
 
-__all__ = ["TILT_CHOICES", "ReaderPolicy", "SeriesRules"]
+__all__ = ["PLANES", "TILT_CHOICES", "ReaderPolicy", "SeriesRules"]
 
 PLANES = ("axial", "coronal", "sagittal")
 TILT_CHOICES = ("keep", "resample", "refuse")
@@ -83,11 +83,12 @@ class ReaderPolicy:
         max_slices: 4096, above any CT or MR series we know; it bounds the time a folder can take.
         max_voxels: 2**29 (512 × 512 × 2048), 2 GiB as float32; it bounds memory whatever a header declares.
         expected_slices: a number, where the protocol fixes it; null does not ask. Slices missing at an end leave an
-            even series, which nothing else can tell from a whole one.
+            even series, which nothing else can tell from a whole one. Of an image file, along the third stored axis.
         min_coverage_mm: absolute, mm. The least extent along the slices (distance of the outermost slices plus one
             spacing), where the anatomy fixes it, such as 120 for a head; null does not ask.
-        trust_image_counts: true: a series that holds fewer images than its own ImagesInAcquisition, its concatenation
-            or a DICOMDIR beside it say is refused as truncated. False where a scanner counts other series in as well.
+        trust_image_counts: true: a series that holds fewer images than its own ImagesInAcquisition or a DICOMDIR beside
+            it says, or fewer parts than its concatenation, is refused as truncated. False where a scanner counts other
+            series in, or where a DICOMDIR was left over.
         gantry_tilt: slices stacked askew to their plane. keep: the affine has the shear, voxels are as acquired;
             resample: each slice is shifted in its plane (linear, itk) to an upright stack; refuse.
         max_tilt_degrees: absolute, degrees. Gantries tilt to 30°; beyond 35° the positions are wrong, not tilted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from numpy.typing import NDArray
 
 from ..errors import InputError, Refusal
+from .dicom_files import DicomFiles
 from .grid import corner_distance
 from .policy import ReaderPolicy
 from .series import read_volume
@@ -45,11 +47,11 @@ class VolumeReader(ImageReader):
         """Accept every name: content decides, and what cannot be read is refused with its reason."""
         return True
 
-    def read(self, data: Sequence[PathLike] | PathLike, **kwargs: Any) -> list[Volume]:
+    def read(self, data: Sequence[PathLike] | PathLike | DicomFiles, **kwargs: Any) -> list[Volume]:
         """Read one scan, or one scan a modality.
 
         Args:
-            data: one path, or a list of paths whose volumes become channels in that order.
+            data: one path (or the files of one study), or a list of paths whose volumes become channels in that order.
             kwargs: not used; MONAI's signature.
 
         Returns:
@@ -96,8 +98,9 @@ class VolumeReader(ImageReader):
 
         Returns:
             The array, (X, Y, Z) or channel-last (X, Y, Z, C) float32, and a dictionary of meta data: the affine and the
-            stored shape, `modality`, `source`, `series_uid` and `slice_uids` (along the third axis) of the first image.
-            No path is among it.
+            stored shape, and of the first image `modality`, `source`, `series_uid`, and along the third axis
+            `slice_uids` and `frame_numbers`; `reading`: for each image, what was seen and done while it was read. No
+            path is among it.
         """
         volumes = ensure_tuple(img)
         first: Volume = volumes[0]
@@ -110,10 +113,18 @@ class VolumeReader(ImageReader):
             MetaKeys.ORIGINAL_CHANNEL_DIM: channel_dim,
             MetaKeys.SPACE: SpaceKeys.RAS,
             "slice_uids": first.slice_uids,
+            "frame_numbers": first.frame_numbers,
             "series_uid": first.series_uid,
             "modality": first.modality,
             "source": first.source,
+            "reading": [_reading(volume) for volume in volumes],
         }
+
+
+def _reading(volume: Volume) -> dict[str, Any]:
+    """What a record says of how one image was read."""
+    known = {"source": volume.source, "modality": volume.modality, "series_uid": volume.series_uid}
+    return known | dict(volume.facts) | {"slice_positions_mm": volume.slice_positions}
 
 
 class LoadImageStrictd(MapTransform):
@@ -123,8 +134,11 @@ class LoadImageStrictd(MapTransform):
     recognises loading transforms by the letters LoadImage in the name. It is no subclass of LoadImaged, which builds
     all of MONAI's readers, one of which changes pydicom's decoders for the whole process.
 
+    A case may bring `series_rules` of its own, which go before those of the policy: which series of a study is meant is
+    a matter of how a hospital names them.
+
     Args:
-        keys: of paths, or of lists of paths (one a modality).
+        keys: of paths, of lists of paths (one a modality), or of DicomFiles.
         channels: number of channels expected; another is refused.
         policy: limits of what is accepted; the defaults of `ReaderPolicy` if None.
         allow_missing_keys: pass over keys that a case lacks.
@@ -154,8 +168,11 @@ class LoadImageStrictd(MapTransform):
             InputError: a path does not exist.
         """
         out = dict(data)
+        reader, rules = self.reader, out.pop("series_rules", None)
+        if rules is not None:
+            reader = VolumeReader(reader.channels, replace(reader.policy, series=rules))
         for key in self.key_iterator(out):
-            array, meta = self.reader.get_data(self.reader.read(out[key]))
+            array, meta = reader.get_data(reader.read(out[key]))
             array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
             meta[MetaKeys.ORIGINAL_CHANNEL_DIM] = 0
             # One memory layout whatever the format: later transforms walk the array slice by slice.

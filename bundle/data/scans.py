@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError, Refusal
-from .dicom_header import has_dicom_content, is_image, is_litter
+from .dicom_files import DicomFiles, has_dicom_content, is_damaged_dicom, is_litter, name_pattern, walk
+from .dicom_header import is_image, uid_of
+from .metaimage import is_metaimage_name
 from .nifti import is_nifti_name
+from .nrrd import is_nrrd_name
 
-__all__ = ["FoundScans", "Scan", "find_scans"]
+__all__ = ["DICOM_CASES", "FoundScans", "Scan", "find_scans", "is_image_name"]
+
+DICOM_CASES = ("folder", "study")
 
 
 class Scan(NamedTuple):
     """One case.
 
     Args:
-        path: where it lies: a NIfTI file, or the folder of a DICOM series or of several modalities.
-        image: what the reader is to be given: one path, a list of paths (one a modality), or the refusal that this
-            case already ends with.
+        path: where it lies: an image file, the folder of DICOM images or of several modalities, or the folder that all
+            files of a study have in common.
+        image: what the reader is to be given: one path, a list of paths (one a modality), the files of a study, or the
+            refusal that this case already ends with.
+        study: StudyInstanceUID where cases are studies.
     """
 
     path: Path
-    image: Path | list[Path] | Refusal
+    image: Path | list[Path] | DicomFiles | Refusal
+    study: str | None = None
 
 
 class FoundScans(NamedTuple):
@@ -35,23 +43,39 @@ class FoundScans(NamedTuple):
     ignored: int
 
 
-def find_scans(folder: str | Path, channel_files: Sequence[str] | None = None) -> FoundScans:
+class _Folder(NamedTuple):
+    path: Path
+    images: list[Path]  # NIfTI, MetaImage, NRRD
+    dicom: list[Path]
+    ignored: list[Path]
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether a file is called like a NIfTI, MetaImage or NRRD image."""
+    return is_nifti_name(path) or is_metaimage_name(path) or is_nrrd_name(path)
+
+
+def find_scans(
+    folder: str | Path, channel_files: Sequence[str] | None = None, dicom_cases: str = "folder"
+) -> FoundScans:
     """List every case below a folder.
 
-    A case is each .nii or .nii.gz file, and each folder that directly holds DICOM images (by content, or called .dcm).
-    Files called like images that cannot be read are cases too: the reader will refuse them, and the result says so.
+    A case is each NIfTI, MetaImage and NRRD file, and each folder that directly holds DICOM images (by content, or
+    called .dcm) together with all folders below it; or, on request, each DICOM study, wherever its files lie. Files
+    called like images that cannot be read are cases too: the reader will refuse them, and the result says so.
 
     Args:
         folder: searched with all its subfolders; links to folders are not followed.
-        channel_files: one file pattern a modality (such as ``*_t1ce.nii.gz``). Then a folder that directly holds a
-            NIfTI file fitting any of them is one case, whose image is the list of files in the order of the patterns;
-            where one pattern fits no file or several, the case is a refusal. Case is ignored.
+        channel_files: one file pattern a modality (such as ``*_t1ce.nii.gz``). Then a folder that directly holds an
+            image file fitting any of them is one case, whose image is the list of files in the order of the patterns;
+            where one pattern fits no file or several, the case is a refusal. Capitals do not matter.
+        dicom_cases: "folder" or "study".
 
     Returns:
         The cases, sorted by path, and the count of ignored files.
 
     Raises:
-        InputError: the folder is missing, no folder, cannot be read, or holds no scan.
+        InputError: the folder is missing, no folder, cannot be read, or holds no scan; an argument is wrong.
     """
     folder = Path(folder).expanduser()
     if not folder.exists():
@@ -60,45 +84,61 @@ def find_scans(folder: str | Path, channel_files: Sequence[str] | None = None) -
         raise InputError(f"{folder} is a file; give the folder that holds the scans")
     if isinstance(channel_files, str) or (channel_files is not None and not channel_files):
         raise InputError("channel_files must be a list of file patterns, one a modality")
+    if dicom_cases not in DICOM_CASES:
+        raise InputError(f"dicom_cases must be {' or '.join(DICOM_CASES)}, not {dicom_cases!r}")
 
     scans: list[Scan] = []
     ignored = 0
-    for directory, names in _walk(folder):
-        found, passed_over = _cases_of(directory, names, channel_files)
-        scans += found
-        ignored += passed_over
+    found = [_sorted_out(directory, files) for directory, files in walk(folder)]
+    for one in found:
+        cases, passed_over = _image_cases(one, channel_files)
+        scans += cases
+        ignored += passed_over + len(one.ignored)
+    scans += _folder_cases(found, channel_files) if dicom_cases == "folder" else _study_cases(found)
     if not scans:
         others = f" ({ignored} other file{'' if ignored == 1 else 's'})" if ignored else ""
         raise InputError(f"the folder {folder} holds no NIfTI file and no DICOM image{others}")
-    return FoundScans(sorted(scans, key=lambda scan: scan.path.parts), ignored)
+    return FoundScans(sorted(scans, key=lambda scan: (scan.path.parts, scan.study or "")), ignored)
 
 
-def _walk(folder: Path) -> list[tuple[Path, list[str]]]:
-    def stop(error: OSError) -> None:
-        raise InputError(f"the folder {error.filename} cannot be read") from error
+def _sorted_out(directory: Path, files: Sequence[Path]) -> _Folder:
+    one = _Folder(directory, [], [], [])
+    lists = {"image": one.images, "dicom": one.dicom, "other": one.ignored}
+    for path in files:
+        lists[_kind(path)].append(path)
+    return one
 
-    return [(Path(directory), sorted(names)) for directory, _, names in os.walk(folder, onerror=stop)]
+
+def _kind(path: Path) -> str:
+    if not path.is_file():
+        # A dangling link still stands for a scan that someone expects to be there.
+        return "image" if is_image_name(path) else "dicom" if path.suffix.lower() == ".dcm" else "other"
+    try:
+        if is_litter(path):
+            return "other"
+        if is_image_name(path):
+            return "image"
+        content = has_dicom_content(path)
+    except Refusal:  # not readable at all; its name decides
+        content = False
+        if is_image_name(path):
+            return "image"
+    if content:
+        return "dicom" if is_image(path) else "other"
+    return "dicom" if path.suffix.lower() == ".dcm" else "other"
 
 
-def _cases_of(directory: Path, names: list[str], channel_files: Sequence[str] | None) -> tuple[list[Scan], int]:
-    nifti: list[Path] = []
-    dicom = ignored = 0
-    for path in (directory / name for name in names):
-        kind = _kind(path)
-        if kind == "nifti":
-            nifti.append(path)
-        elif kind == "dicom":
-            dicom += 1
-        else:
-            ignored += 1
-
-    matches = [
-        [p for p in nifti if fnmatch.fnmatch(p.name.lower(), pattern.lower())] for pattern in channel_files or ()
+def _matches(one: _Folder, channel_files: Sequence[str] | None) -> list[list[Path]]:
+    return [
+        [p for p in one.images if fnmatch.fnmatch(p.name.lower(), pattern.lower())] for pattern in channel_files or ()
     ]
+
+
+def _image_cases(one: _Folder, channel_files: Sequence[str] | None) -> tuple[list[Scan], int]:
+    matches = _matches(one, channel_files)
     if not any(matches):
-        scans = [Scan(path, path) for path in nifti]
-        return scans + ([Scan(directory, directory)] if dicom else []), ignored
-    if dicom:
+        return [Scan(path, path) for path in one.images], 0
+    if one.dicom:
         image: list[Path] | Refusal = Refusal(
             "mixed_folder", "The folder holds NIfTI files of several modalities and DICOM images; keep one of them."
         )
@@ -113,23 +153,35 @@ def _cases_of(directory: Path, names: list[str], channel_files: Sequence[str] | 
             found=counts,
         )
     # A file of the folder that no pattern names, such as a segmentation, is not a case of its own.
-    return [Scan(directory, image)], ignored + len(nifti) - len({p for m in matches for p in m})
+    return [Scan(one.path, image)], len(one.images) - len({p for m in matches for p in m})
 
 
-def _kind(path: Path) -> str:
-    if not path.is_file():
-        # A dangling link still stands for a scan that someone expects to be there.
-        return "nifti" if is_nifti_name(path) else "dicom" if path.suffix.lower() == ".dcm" else "other"
-    try:
-        if is_litter(path):
-            return "other"
-        if is_nifti_name(path):
-            return "nifti"
-        content = has_dicom_content(path)
-    except Refusal:  # not readable at all; its name decides
-        content = False
-        if is_nifti_name(path):
-            return "nifti"
-    if content:
-        return "dicom" if is_image(path) else "other"
-    return "dicom" if path.suffix.lower() == ".dcm" else "other"
+def _folder_cases(found: Sequence[_Folder], channel_files: Sequence[str] | None) -> list[Scan]:
+    scans: list[Scan] = []
+    for one in found:  # parents before what is below them
+        inside = any(scan.path in one.path.parents for scan in scans)
+        if one.dicom and not inside and not any(_matches(one, channel_files)):
+            scans.append(Scan(one.path, one.path))
+    return scans
+
+
+def _study_cases(found: Sequence[_Folder]) -> list[Scan]:
+    studies: dict[str, list[Path]] = {}
+    scans: list[Scan] = []
+    for one in found:
+        here = {path: uid_of(path, "StudyInstanceUID") for path in one.dicom if path.is_file()}
+        known = {uid for uid in here.values() if uid is not None}
+        patterns = {name_pattern(path) for path in here}
+        lost = [path for path in one.dicom if here.get(path) is None]
+        lost += [path for path in one.ignored if one.dicom and path.is_file() and is_damaged_dicom(path, patterns)]
+        for path, uid in here.items():
+            if uid is not None:
+                studies.setdefault(uid, []).append(path)
+        # A file that does not tell its study belongs to the one around it; among several, it is a case of its own.
+        if len(known) == 1:
+            studies[known.pop()] += lost
+        else:
+            scans += [Scan(path, DicomFiles((path,))) for path in lost]
+    for uid, paths in studies.items():
+        scans.append(Scan(Path(os.path.commonpath([path.parent for path in paths])), DicomFiles(tuple(paths)), uid))
+    return scans

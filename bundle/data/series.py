@@ -1,33 +1,44 @@
-"""A scan on disk → one checked, ordered volume, or a refusal with its reason."""
+"""A scan on disk → one checked, ordered volume, or a refusal with its reason.
+
+`python -m bundle.data.series FOLDER` lists the series below a folder and says of each whether it can be read.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ..errors import InputError, Refusal
-from .dicom_checks import check_images, check_one_series, drop_identical_files
+import numpy as np
+
+from ..errors import InputError, Refusal, command_line
+from .dicom_checks import check_images, check_one_series
+from .dicom_copies import drop_copies
+from .dicom_files import DicomFiles, has_dicom_content, looks_like_dicom, walk
+from .dicom_gaps import check_extent, truncated
 from .dicom_geometry import arrange
-from .dicom_header import SliceHeader, has_dicom_content, is_litter, looks_like_dicom, read_header
-from .dicom_pixels import read_values
+from .dicom_header import SliceHeader
+from .dicom_pixels import read_pixels
+from .grid import tilt_of
+from .metaimage import is_metaimage_name, read_metaimage
 from .nifti import has_nifti_content, is_nifti_name, read_nifti
+from .nrrd import is_nrrd_name, read_nrrd
 from .policy import ReaderPolicy
+from .series_choice import FoundSeries, choose_series, find_series
 from .volume import Volume
 
-__all__ = ["ReaderPolicy", "Volume", "read_dicom_series", "read_volume"]
+__all__ = ["read_series", "read_volume"]
 
 
-def read_volume(path: str | Path, policy: ReaderPolicy | None = None, channels: int = 1) -> Volume:
+def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = None, channels: int = 1) -> Volume:
     """Read one scan, or refuse it.
 
-    What cannot be known from the files is not judged: slices missing at either end of a series, every second slice
-    missing, a changed digit that is itself plausible.
+    What cannot be known from the files is not judged; docs/reader.md lists it.
 
     Args:
-        path: a NIfTI file; a folder that directly holds one DICOM series, whatever its files are called (files that
-            are no DICOM, and DICOM without pixels, are passed over); or one DICOM file, which is a series of one slice
-            and needs a policy with `min_slices` 1.
+        path: a NIfTI, MetaImage or NRRD file; a folder with the DICOM images of one series, or of a study of which the
+            policy's series rules leave one, directly or in folders below, whatever the files are called (files that
+            are no DICOM, and DICOM without images, are passed over); the same as a list of files; or one DICOM file.
         policy: limits of what is accepted; the defaults of `ReaderPolicy` if None.
         channels: number of channels expected.
 
@@ -36,66 +47,117 @@ def read_volume(path: str | Path, policy: ReaderPolicy | None = None, channels: 
 
     Raises:
         InputError: the path does not exist.
-        Refusal: everything else that is not one uniform volume; see the modules it calls for the codes. Sentences and
-            facts hold no tag value that could identify anyone, and no path.
+        Refusal: everything else that is not one uniform volume; docs/reader.md explains the codes. Sentences and facts
+            hold no tag value that could identify anyone, and no path.
     """
     policy = policy or ReaderPolicy()
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise InputError(f"channels must be a whole number of at least 1, got {channels!r}")
+    if isinstance(path, DicomFiles):
+        return _corrected(_read_dicom(path.paths, policy, channels), policy)
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if path.is_dir():
-        try:
-            files = sorted(p for p in path.iterdir() if p.is_file())
-        except OSError as error:
-            raise InputError(f"the folder {path} cannot be read") from error
-        volume = read_dicom_series(files, policy)
+        files = [file for _, names in walk(path) for file in names if file.is_file()]
+        volume = _read_dicom(files, policy, channels)
     elif not path.is_file():
         raise _not_an_image()
     elif is_nifti_name(path) or has_nifti_content(path):
-        return read_nifti(path, policy, channels)
+        volume = _described(read_nifti(path, policy, channels), policy)
+    elif is_metaimage_name(path):
+        volume = _described(read_metaimage(path, policy, channels), policy)
+    elif is_nrrd_name(path):
+        volume = _described(read_nrrd(path, policy, channels), policy)
     elif has_dicom_content(path) or looks_like_dicom(path):
-        volume = read_dicom_series([path], policy)
+        volume = _read_dicom([path], policy, channels)
     else:
         raise _not_an_image()
-    if channels != 1:
-        raise Refusal(
-            "channel_count", f"A DICOM series is 1 channel; {channels} are expected.", found=1, expected=channels
-        )
-    return volume
+    return _corrected(volume, policy)
 
 
 def _not_an_image() -> Refusal:
     return Refusal(
         "not_an_image",
-        "This is neither a NIfTI file nor DICOM; give a .nii or .nii.gz file or a folder of DICOM images.",
+        "This is neither DICOM nor NIfTI, MetaImage or NRRD; give a folder of DICOM images, or a .nii, .nii.gz, .mha "
+        "or .nrrd file.",
     )
 
 
-def read_dicom_series(paths: Sequence[Path], policy: ReaderPolicy) -> Volume:
-    """Read the one uniform single-frame series among some files.
+def _described(volume: Volume, policy: ReaderPolicy) -> Volume:
+    """An image file with the facts that DICOM series have, held against what the policy expects of a series."""
+    tilt = tilt_of(volume.affine)
+    axes = volume.affine[:3, :3]
+    spacing = abs(float(np.linalg.det(axes))) / float(np.linalg.norm(np.cross(axes[:, 0], axes[:, 1])))
+    check_extent(volume.array.shape[2], spacing, policy)
+    upright = tilt <= policy.orientation_tolerance_degrees
+    facts = {"tilt_degrees": 0.0 if upright else round(tilt, 3), "spacing_mm": round(spacing, 4), "corrections": []}
+    return replace(volume, facts={**facts, **volume.facts})
+
+
+def _read_dicom(files: Sequence[Path], policy: ReaderPolicy, channels: int) -> Volume:
+    study = find_series(files)
+    volume = read_series(choose_series(study, policy), policy)
+    if channels != 1:
+        raise Refusal(
+            "channel_count", f"A DICOM series is 1 channel; {channels} are expected.", found=1, expected=channels
+        )
+    passed_over = {
+        "other_series": len(study.series) - 1,
+        "other_objects": study.other_objects,
+        "other_files": study.other_files,
+    }
+    return replace(volume, facts={**volume.facts, **passed_over})
+
+
+def read_series(series: FoundSeries, policy: ReaderPolicy) -> Volume:
+    """Read one series whose files were found.
 
     Args:
-        paths: files in any order; junk may be among them.
+        series: its images.
         policy: limits of what is accepted.
 
     Returns:
-        The volume, slices in order of position along row × column direction.
+        The volume, slices in order of position along row × column direction, without the corrections of the policy.
 
     Raises:
-        Refusal: they are not one uniform series.
+        Refusal: they are not one uniform volume.
     """
-    headers = _headers(paths)
-    if not headers:
-        raise Refusal(
-            "no_images",
-            "There is no DICOM image here; give the folder that directly holds the images of one series.",
-            files=len(paths),
-        )
-    headers = drop_identical_files(headers)
+    if series.damage is not None:
+        raise series.damage
+    headers, copies = drop_copies(series.headers)
     check_one_series(headers)
+    if series.lost and policy.trust_image_counts:
+        raise truncated(len(headers), len(headers) + series.lost, "a DICOMDIR among them lists")
     check_images(headers, policy)
+    _check_size(headers, policy)
+    grid = arrange(headers, policy)
+    ordered = [headers[i] for i in grid.order]
+    array, padding = read_pixels(ordered)
+    first = ordered[0]
+    return Volume(
+        array=array,
+        affine=grid.affine,
+        modality=first.modality,
+        source="dicom",
+        slice_uids=tuple(h.sop_uid for h in ordered),
+        series_uid=first.series_uid,
+        slice_positions=grid.positions,
+        frame_numbers=tuple((h.frame or 0) + 1 for h in ordered) if first.frame is not None else None,
+        facts={
+            "tilt_degrees": round(grid.tilt, 3),
+            "spacing_mm": round(grid.spacing, 4),
+            "deviation_mm": round(grid.deviation, 4),
+            "padding_voxels": padding,
+            "lossy": any(h.lossy for h in ordered),
+            "transfer_syntaxes": sorted({h.transfer_syntax for h in ordered}),
+            "copies": copies,
+            "corrections": [],
+        },
+    )
+
+
+def _check_size(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
     count = len(headers)
     if not policy.min_slices <= count <= policy.max_slices:
         few = count < policy.min_slices
@@ -119,36 +181,19 @@ def read_dicom_series(paths: Sequence[Path], policy: ReaderPolicy) -> Volume:
             voxels=voxels,
             largest=policy.max_voxels,
         )
-    order, affine = arrange(headers, policy)
-    ordered = [headers[i] for i in order]
-    return Volume(
-        array=read_values(ordered),
-        affine=affine,
-        modality=ordered[0].modality,
-        source="dicom",
-        slice_uids=tuple(h.sop_uid for h in ordered),
-        series_uid=ordered[0].series_uid,
-    )
 
 
-def _headers(paths: Sequence[Path]) -> list[SliceHeader]:
-    headers, others = [], []
-    for path in paths:
-        if not has_dicom_content(path):
-            others.append(path)
-        elif (header := read_header(path)) is not None:
-            headers.append(header)
-    # A damaged first or last slice, if passed over as junk, would leave a volume that looks whole.
-    patterns = {_name_pattern(h.path) for h in headers}
-    for path in others:
-        if not is_litter(path) and (looks_like_dicom(path) or _name_pattern(path) in patterns):
-            raise Refusal(
-                "unreadable_file",
-                "A file that by its name or first bytes belongs to the series is not readable as DICOM; copy the "
-                "series again, or remove the file if it is none of its images.",
-            )
-    return headers
+def _corrected(volume: Volume, policy: ReaderPolicy) -> Volume:
+    from .corrections import correct_bias, make_upright
+
+    if policy.gantry_tilt == "resample" and volume.facts.get("tilt_degrees", 0.0) > 0:
+        volume = make_upright(volume)
+    if policy.n4_bias_correction and volume.modality != "CT":
+        volume = correct_bias(volume)
+    return volume
 
 
-def _name_pattern(path: Path) -> str:
-    return re.sub(r"\d+", "#", path.name)
+if __name__ == "__main__":
+    from .series_list import main
+
+    command_line(main)

@@ -58,6 +58,8 @@ def case_record(
     scores: ArrayLike,
     slice_label: ArrayLike | None = None,
     sop_instance_uids: Sequence[str | None] | None = None,
+    frame_numbers: Sequence[int] | None = None,
+    reading: Sequence[Mapping[str, Any]] | None = None,
     label: int | None = None,
     patient: str | None = None,
     prediction: int | None = None,
@@ -76,6 +78,8 @@ def case_record(
         scores: likewise, scores (logits).
         slice_label: (N,) 1, 0 or -1 (unknown); None: unknown.
         sop_instance_uids: N DICOM SOP Instance UIDs; None: not from DICOM.
+        frame_numbers: N numbers of the frame in its multi-frame DICOM object, from 1; None: single-frame, or no DICOM.
+        reading: how each image of the case was read (format, series, tilt, corrections); None: not known.
         label: true class, if known.
         patient: patient identifier of the datalist, if known.
         prediction: predicted class; None takes the most probable.
@@ -110,13 +114,16 @@ def case_record(
     if not np.isin(columns["label"], (-1, 0, 1)).all():
         raise InputError(f"case {case!r}: slice labels must be 1, 0 or -1 (unknown)")
     uids = [None] * n if sop_instance_uids is None else list(sop_instance_uids)
-    if len(uids) != n:
-        raise InputError(f"case {case!r}: {len(uids)} SOP Instance UIDs were given for {n} slices")
+    frames = [None] * n if frame_numbers is None else list(frame_numbers)
+    for what, given in (("SOP Instance UIDs", uids), ("frame numbers", frames)):
+        if len(given) != n:
+            raise InputError(f"case {case!r}: {len(given)} {what} were given for {n} slices")
     slices: list[dict[str, Any]] = [
         {
             "index": int(columns["index"][i]),
             **{key: float(columns[key][i]) for key in ("position_mm", "weight", "attention", "score")},
             "sop_instance_uid": None if uids[i] is None else str(uids[i]),
+            "frame_number": None if frames[i] is None else int(frames[i]),
             "label": int(columns["label"][i]),
         }
         for i in np.argsort(positions, kind="stable")
@@ -126,11 +133,13 @@ def case_record(
         "status": "accepted",
         "reason_code": None,
         "reason": None,
+        "reason_facts": {},
         "patient": None if patient is None else str(patient),
         "label": None if label is None else int(label),
         "class_names": list(class_names),
         "probabilities": [float(value) for value in p],
         "prediction": chosen,
+        "reading": None if reading is None else [dict(image) for image in reading],
         "slices": slices,
         "key_slices": [dict(slices[i]) for i in rank_slices(slices)[:num_key_slices]],
     }
@@ -153,11 +162,13 @@ def refused_record(
         "status": "refused",
         "reason_code": refusal.code if isinstance(refusal, Refusal) else "unreadable",
         "reason": refusal.sentence if isinstance(refusal, Refusal) else str(refusal),
+        "reason_facts": refusal.facts if isinstance(refusal, Refusal) else {},
         "patient": None if patient is None else str(patient),
         "label": None if label is None else int(label),
         "class_names": [],
         "probabilities": [],
         "prediction": None,
+        "reading": None,
         "slices": [],
         "key_slices": [],
     }

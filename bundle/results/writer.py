@@ -99,6 +99,8 @@ class WriteRecords:
                     scores=scores,
                     slice_label=batch["slice_label"][i][real].numpy(),
                     sop_instance_uids=batch["slice_uid"][i],
+                    frame_numbers=batch["slice_frame"][i],
+                    reading=batch["reading"][i],
                     prediction=int(predictions[i]),
                     num_key_slices=self.num_key_slices,
                     **known,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from bundle.data.cases import inference_cases, labelled_cases
+from bundle.data.policy import SeriesRules
 from bundle.errors import InputError, Refusal
-from tests.data.dicom_factory import CANARY, make_series
+from tests.data.dicom_factory import CANARY, make_series, make_slices, write_series
 
 
 def nifti(path: Path) -> Path:
@@ -149,3 +150,24 @@ def test_other_classes_or_another_order_are_refused(tmp_path: Path, names: list[
     with pytest.raises(InputError, match="are not those of datalist.json") as caught:
         labelled_cases(path, "training", 0, tmp_path, names)
     assert "\n" not in str(caught.value)
+
+
+def test_studies_are_called_by_their_uid_and_bring_the_rules(tmp_path: Path) -> None:
+    for number in (1, 2):
+        slices = make_slices(series=number)
+        for ds in slices:
+            ds.StudyInstanceUID = f"1.2.{number}"
+        write_series(tmp_path / "pacs", slices, name=f"{number}_" + "{:03d}.dcm")
+    rules = SeriesRules(thinnest=True)
+    found = inference_cases(tmp_path, dicom_cases="study", series_rules=rules)
+    assert len({case["case"] for case in found}) == 2
+    assert all(case["series_rules"] is rules for case in found)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "pacs").rename(moved)
+    again = inference_cases(moved, dicom_cases="study")
+    assert [case["case"] for case in again] == [case["case"] for case in found]
+    assert "series_rules" not in again[0]
+    named = inference_cases(tmp_path, dicom_cases="study", case_names="path")
+    assert [case["case"] for case in named] == ["elsewhere study 1.2.1", "elsewhere study 1.2.2"]
+    with pytest.raises(InputError, match="series_rules must be a bundle.SeriesRules"):
+        inference_cases(tmp_path, series_rules={"thinnest": True})  # type: ignore[arg-type]

@@ -367,7 +367,7 @@ def test_bad_files_end_as_one_sentence(tmp_path: Path, name: str) -> None:
         found = refusal_of(path)
         assert isinstance(found, Refusal)
         codes.add(found.code)
-    assert codes == {"nifti_damaged", "nifti_truncated"}
+    assert codes == {"file_damaged", "file_truncated"}
     path.rename(path.with_name("private.png"))
     path.with_name("private.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     found = refusal_of(path.with_name("private.png"))

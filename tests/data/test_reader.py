@@ -99,9 +99,10 @@ def tilt(ds: Dataset, k: int) -> None:
 def test_there_is_no_fall_back(tmp_path: Path) -> None:
     folder = make_series(tmp_path / "s", tilt)
     # What MONAI does with a reader given in the constructor: it reads by other means, and says nothing.
-    assert LoadImaged("image", reader=VolumeReader())({"image": folder})["image"].numel() > 0
+    strict = VolumeReader(policy=ReaderPolicy(gantry_tilt="refuse"))
+    assert LoadImaged("image", reader=strict)({"image": folder})["image"].numel() > 0
     with pytest.raises(Refusal, match="gantry tilt"):
-        LoadImageStrictd("image")({"image": folder})
+        LoadImageStrictd("image", policy=ReaderPolicy(gantry_tilt="refuse"))({"image": folder})
 
 
 def test_keys(tmp_path: Path) -> None:

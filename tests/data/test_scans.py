@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
+from bundle.data.dicom_files import DicomFiles
 from bundle.data.scans import find_scans
 from bundle.errors import InputError, Refusal
 from tests.data.dicom_factory import ROOT, make_series, make_slices, save, write_series
@@ -77,7 +78,7 @@ def test_a_folder_of_modalities_is_one_case(tmp_path: Path) -> None:
     alone = nifti(tmp_path / "four_channels.nii.gz")
     found = find_scans(tmp_path, ["*_flair.nii.gz", "*_t1.nii.gz", "*_t2.nii.gz"])
     single, first, second, third = found.scans
-    assert single == (alone, alone)
+    assert (single.path, single.image) == (alone, alone)
     assert first.path == tmp_path / "p1"
     assert first.image == [tmp_path / "p1" / f"p1_{m}.nii.gz" for m in ("flair", "t1", "T2")]
     for scan, counts in ((second, [1, 1, 0]), (third, [1, 2, 1])):
@@ -119,3 +120,48 @@ def test_bad_folders_get_one_sentence(tmp_path: Path) -> None:
         find_scans(tmp_path / "x.txt")
     with pytest.raises(InputError, match="list of file patterns"):
         find_scans(tmp_path, "*.nii")
+
+
+def test_what_lies_below_a_folder_of_dicom_belongs_to_it(tmp_path: Path) -> None:
+    make_series(tmp_path / "s")
+    write_series(tmp_path / "s" / "more", make_slices(series=2))
+    write_series(tmp_path / "t" / "a", make_slices(series=3))
+    write_series(tmp_path / "t" / "b", make_slices(series=4))
+    found = find_scans(tmp_path)
+    assert [scan.path for scan in found.scans] == [tmp_path / "s", tmp_path / "t" / "a", tmp_path / "t" / "b"]
+
+
+def test_cases_may_be_studies_wherever_their_files_lie(tmp_path: Path) -> None:
+    def of_study(study: str, series: int) -> list[Dataset]:
+        slices = make_slices(series=series)
+        for ds in slices:
+            ds.StudyInstanceUID = study
+        return slices
+
+    write_series(tmp_path / "a" / "thick", of_study("1.2.1", 1))
+    write_series(tmp_path / "a" / "thin", of_study("1.2.1", 2))
+    write_series(tmp_path / "flat", of_study("1.2.2", 3))
+    write_series(tmp_path / "flat", of_study("1.2.3", 4), name="x{:03d}.dcm")
+    (tmp_path / "a" / "thin" / "damaged.dcm").touch()
+    (tmp_path / "flat" / "damaged.dcm").touch()
+    pixelless(tmp_path / "a" / "report.dcm")
+    alone = nifti(tmp_path / "n.nii")
+    found = find_scans(tmp_path, dicom_cases="study")
+    assert [(scan.path, scan.study) for scan in found.scans] == [
+        (tmp_path / "a", "1.2.1"),
+        (tmp_path / "flat", "1.2.2"),
+        (tmp_path / "flat", "1.2.3"),
+        (tmp_path / "flat" / "damaged.dcm", None),
+        (alone, None),
+    ]
+    counts = [len(scan.image.paths) for scan in found.scans if isinstance(scan.image, DicomFiles)]
+    assert counts == [17, 8, 8, 1]
+    assert found.ignored == 1
+    with pytest.raises(InputError, match="dicom_cases must be folder or study"):
+        find_scans(tmp_path, dicom_cases="series")
+
+
+@pytest.mark.parametrize("name", ["a.mha", "A.MHD", "a.nrrd", "a.NHDR"])
+def test_metaimage_and_nrrd_files_are_cases(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    assert [scan.path.name for scan in find_scans(tmp_path).scans] == [name]

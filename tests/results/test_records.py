@@ -48,6 +48,7 @@ def test_slices_are_in_order_of_position_and_key_slices_by_weight() -> None:
         "attention": 0.2,
         "score": -1.0,
         "sop_instance_uid": "1.2.4",
+        "frame_number": None,
         "label": 0,
     }
     assert [s["index"] for s in record["slices"]] == [4, 5, 6, 7]
@@ -98,6 +99,16 @@ def test_what_does_not_fit_is_told(changes: dict[str, Any], words: str) -> None:
         make(**changes)
 
 
+def test_a_record_says_how_its_images_were_read_and_which_frames_they_are() -> None:
+    reading = [{"source": "dicom", "tilt_degrees": 18.5}]
+    record = make(frame_numbers=[3, 1, 2, 4], reading=reading)
+    assert [s["frame_number"] for s in record["slices"]] == [1, 2, 3, 4]
+    assert record["reading"] == reading
+    assert json.loads(json.dumps(record)) == record
+    with pytest.raises(InputError, match="2 frame numbers were given for 4 slices"):
+        make(frame_numbers=[1, 2])
+
+
 def test_refused_record_has_the_same_keys() -> None:
     refusal = Refusal("missing_slices", "A slice is missing after slice 7.", count=1)
     record = refused_record("c2", refusal, label=1)
@@ -105,7 +116,7 @@ def test_refused_record_has_the_same_keys() -> None:
     assert record["status"] == "refused"
     assert (record["reason_code"], record["reason"]) == ("missing_slices", "A slice is missing after slice 7.")
     assert record["label"] == 1
-    assert record["prediction"] is None
+    assert (record["prediction"], record["reason_facts"]) == (None, {"count": 1})
     assert refused_record("c3", InputError("No such file."))["reason_code"] == "unreadable"
     with pytest.raises(InputError, match="name"):
         refused_record("", refusal)

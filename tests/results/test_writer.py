@@ -31,6 +31,8 @@ def bag(case, num_slices=6, label=1, uids=False, first=3, **more):
         "slice_position": 4.0 - 2.5 * torch.arange(num_slices),  # falling: the stored order is the other way round
         "slice_label": (torch.arange(num_slices) == 1).long(),
         "slice_uid": [f"1.2.{i}" for i in range(num_slices)] if uids else None,
+        "slice_frame": None,
+        "reading": [{"source": "dicom" if uids else "nifti"}],
         **more,
     }
 
