@@ -1,6 +1,7 @@
 """The documentation is held against what it describes: settings, files, commands, links."""
 
 import ast
+import dataclasses
 import os
 import re
 import shlex
@@ -243,3 +244,54 @@ def test_every_overlay_is_listed():
 def test_it_says_what_it_is_not_for():
     for page in (ROOT / "README.md", ROOT / "docs" / "README.md", ROOT / "docs" / "your_data.md"):
         assert "not for diagnosis" in page.read_text().lower(), page
+
+
+# --- docs/reader.md ---
+
+# Codes that the code puts together: f"{what}_absent", f"bad_{what}".
+COMPOSED = {
+    "position_absent", "orientation_absent", "bad_position", "bad_orientation", "bad_sform", "bad_affine",
+}  # fmt: skip
+CODE = re.compile(r"[a-z]+(?:_[a-z0-9]+)*")
+
+
+def codes_in_the_code() -> set[str]:
+    """Every literal that is a reason code: the first argument of a refusal, or the first entry of a rule."""
+    found = set(COMPOSED)
+    for path in (ROOT / "bundle").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            heads: list[ast.expr] = []
+            if isinstance(node, ast.Call) and node.args:
+                name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                if name in ("Refusal", "refuse_where", "_several"):
+                    heads = [node.args[0]]
+            elif isinstance(node, ast.Tuple) and path.name in ("dicom_checks.py", "dicom_contrast.py"):
+                heads = node.elts[:1] if len(node.elts) == 3 else []
+            for head in heads:
+                options = (head.body, head.orelse) if isinstance(head, ast.IfExp) else (head,)
+                texts = {o.value for o in options if isinstance(o, ast.Constant) and isinstance(o.value, str)}
+                found |= set(filter(CODE.fullmatch, texts))
+    return found
+
+
+def test_every_reason_code_is_explained():
+    text = (ROOT / "docs" / "reader.md").read_text()
+    section = re.search(r"^## Reason codes\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = [line for line in section[1].splitlines() if line.startswith("| `")]
+    explained = [code for row in rows for code in re.findall(r"`([a-z_0-9]+)`", row.split("|")[1])]
+    assert len(explained) == len(set(explained)), "a code is explained twice"
+    codes = codes_in_the_code()
+    assert codes == set(explained)
+    assert all(len(row.split("|")) == 5 and row.split("|")[3].strip() for row in rows)
+
+
+def test_the_defaults_in_the_config_are_those_of_the_policy():
+    from bundle.data.policy import ReaderPolicy, SeriesRules
+
+    given = config("train")["reader_policy"]
+    rules = given.pop("series")
+    assert (given.pop("_target_"), rules.pop("_target_")) == ("bundle.ReaderPolicy", "bundle.SeriesRules")
+    assert ReaderPolicy(**given, series=SeriesRules(**rules)) == ReaderPolicy()
+    assert {*given, "series"} == {field.name for field in dataclasses.fields(ReaderPolicy)}
+    assert set(rules) == {field.name for field in dataclasses.fields(SeriesRules)}
