@@ -295,3 +295,11 @@ def test_the_defaults_in_the_config_are_those_of_the_policy():
     assert ReaderPolicy(**given, series=SeriesRules(**rules)) == ReaderPolicy()
     assert {*given, "series"} == {field.name for field in dataclasses.fields(ReaderPolicy)}
     assert set(rules) == {field.name for field in dataclasses.fields(SeriesRules)}
+
+
+def test_everything_undetectable_is_listed():
+    from tests.data.dicom_faults import UNDETECTABLE
+
+    text = (ROOT / "docs" / "reader.md").read_text()
+    for name, fault in UNDETECTABLE.items():
+        assert f"| {name} | {fault.reason} |" in text

@@ -23,6 +23,7 @@ from pydicom.uid import UID, JPEGExtended12Bit
 from ..errors import Refusal
 from .codestream import CodestreamFacts, codestream_facts, disagreement, frame_spans
 from .dicom_tags import integer, quiet_pydicom, read_dataset, uid, word
+from .stored_bits import holds_more, stored_values
 
 __all__ = ["MAX_FRAME_PIXELS", "REQUEST_FRAMES", "corrupt", "limit", "serve", "stamp"]
 
@@ -131,20 +132,29 @@ def _decode(image: _Image, number: int) -> Frame:
         )
         if tag is not None:
             raise corrupt("size", tag=tag)
-    array: Frame = image.decoder.as_array(encapsulate([frame], has_bot=False), index=0, raw=True, **options)[0]
-    low, high = _range(facts, options["bits_stored"], signed)
-    if array.shape != (options["rows"], options["columns"]) or array.dtype.kind not in "iu":
+    bits = options["bits_stored"]
+    # GDCM drops bits above BitsStored without a word, so it is told of all that the codestream has.
+    unmasked = {"bits_stored": max(bits, facts.precision if facts is not None else bits), "correct_unused_bits": False}
+    raw: Frame = image.decoder.as_array(
+        encapsulate([frame], has_bot=False), index=0, raw=True, **{**options, **unmasked}
+    )[0]
+    if raw.shape != (options["rows"], options["columns"]) or raw.dtype.kind not in "iu":
         raise corrupt("codec")
-    if int(array.min()) < low or int(array.max()) > high:
+    raw = np.ascontiguousarray(raw, dtype=raw.dtype.newbyteorder("="))
+    # The same bits that pydicom would keep, but it does not say when it drops some that are not zero.
+    array = stored_values(raw, raw.dtype.itemsize * 8, bits, bits - 1, signed)
+    wider = facts is not None and facts.precision > bits  # a codestream with room for the sign has extended it
+    more = raw.view(array.dtype) != array if wider else holds_more(raw, array, bits, bits - 1)
+    if more.any() or not _fits_sign(array, facts, signed):
         raise corrupt("values")
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    return array
 
 
-def _range(facts: CodestreamFacts | None, stored: int, signed: bool) -> tuple[int, int]:
-    if signed:
-        return -(1 << stored - 1), (1 << stored - 1) - 1
-    # In a codestream of signed values pydicom reads the sign as a bit of the value where the header knows no signs.
-    return 0, (1 << min(stored, facts.precision - 1) if facts is not None and facts.signed else 1 << stored) - 1
+def _fits_sign(array: Frame, facts: CodestreamFacts | None, signed: bool) -> bool:
+    """False where header and codestream differ on signs, and a value is another one for each of them."""
+    if facts is None or facts.signed is None or facts.signed == signed:
+        return True
+    return bool(array.min() >= 0) and (signed or int(array.max()) < 1 << facts.precision - 1)
 
 
 def _answer(request: dict[str, Any], opened: dict[str, _Image], send: Callable[..., None]) -> None:

@@ -119,7 +119,7 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
     refuse_where(
         "pixel_format",
         lambda h: not _sound_format(h),
-        "rows, columns or bit layout are absent or impossible",
+        "rows, columns, bit layout or the form of the pixel data are absent or impossible",
     )
     refuse_where(
         "pixel_data_truncated",
@@ -157,20 +157,18 @@ def _sound_format(h: SliceHeader) -> bool:
         return False
     if h.high_bit is None or not h.bits_stored - 1 <= h.high_bit < h.bits_allocated:
         return False
-    # Compressed pixels carry their stored bits only: there is nothing to shift.
-    return h.pixel_bytes != -1 or h.high_bit == h.bits_stored - 1
+    # Compressed pixels are of undefined length, and carry their stored bits only: there is nothing to shift.
+    if (h.pixel_bytes == -1) != h.is_encapsulated:
+        return False
+    return not h.is_encapsulated or h.high_bit == h.bits_stored - 1
 
 
 def _length_error(h: SliceHeader) -> int:
-    if h.pixel_bytes == -1 or _is_encapsulated(h.transfer_syntax):
+    if h.is_encapsulated:
         return 0
     expected = (h.rows or 0) * (h.columns or 0) * (h.bits_allocated or 0) // 8 * h.frames
     # DICOM pads every value to an even length.
     return 0 if h.pixel_bytes in (expected, expected + expected % 2) else (h.pixel_bytes or 0) - expected
-
-
-def _is_encapsulated(transfer_syntax: str) -> bool:
-    return UID(transfer_syntax).is_transfer_syntax and UID(transfer_syntax).is_encapsulated
 
 
 def _check_uniform(headers: Sequence[SliceHeader]) -> None:

@@ -15,7 +15,7 @@ from .dicom_gaps import check_whole, uneven
 from .dicom_header import SliceHeader
 from .policy import ReaderPolicy
 
-__all__ = ["Arrangement", "arrange", "planes_of"]
+__all__ = ["Arrangement", "arrange", "is_scout", "planes_of"]
 
 Vector = NDArray[np.float64]
 
@@ -113,16 +113,42 @@ def planes_of(orientations: Vector, limit: float) -> int:
         orientations: (N, 6) ImageOrientationPatient.
         limit: radians within which two planes are one.
     """
-    normals = np.cross(orientations[:, :3], orientations[:, 3:])
-    lengths = np.linalg.norm(normals, axis=1)
-    if not np.isfinite(lengths).all() or (lengths < 0.5).any():
-        return 0
-    normals /= lengths[:, None]
     kept: list[Vector] = []
-    for normal in normals:
+    normals = _normals(orientations)
+    for normal in normals if normals is not None else ():
         if not any(np.linalg.norm(np.cross(normal, one)) <= np.sin(limit) for one in kept):
             kept.append(normal)
     return len(kept)
+
+
+def _normals(orientations: Vector) -> Vector | None:
+    """(N, 3) unit normals of the planes; None where the directions say nothing."""
+    normals = np.cross(orientations[:, :3], orientations[:, 3:])
+    lengths = np.linalg.norm(normals, axis=1)
+    if not np.isfinite(lengths).all() or (lengths < 0.5).any():
+        return None
+    unit: Vector = normals / lengths[:, None]
+    return unit
+
+
+def is_scout(orientations: Vector, limit: float) -> bool:
+    """Whether images are spread over two or three planes at wide angles, as those of a localizer are.
+
+    One image in another plane is a stray one; the images of a scout are all single, or several in each plane.
+
+    Args:
+        orientations: (N, 6) ImageOrientationPatient.
+        limit: radians within which two planes are one.
+    """
+    normals = _normals(orientations)
+    if normals is None:
+        return False
+    sines = np.linalg.norm(np.cross(normals[:, None], normals[None]), axis=2)  # (N, N)
+    alike = sines <= np.sin(limit)
+    wide = sines > np.sin(np.radians(60))
+    sizes = alike.sum(axis=1)
+    planes = len(np.unique(alike, axis=0))
+    return planes in (2, 3) and bool((alike | wide).all()) and (planes == len(normals) or bool((sizes > 1).all()))
 
 
 def _plane(orientations: Vector, policy: ReaderPolicy) -> tuple[Vector, Vector]:
@@ -155,9 +181,7 @@ def _several_planes(orientations: Vector, turns: Vector, limit: float) -> Refusa
     degrees = float(np.degrees(turns.max()))
     count = len(orientations)
     planes, kinds = planes_of(orientations, limit), int((turns.max(axis=1) > limit).sum())
-    # One image in another plane is a stray one; a scout has its images spread over two or three planes.
-    spread = min(kinds, count - kinds) > 1 or planes == count
-    if planes in (2, 3) and degrees > 60 and spread:
+    if is_scout(orientations, limit):
         return Refusal(
             "localizer",
             f"The {count} images lie in {planes} planes at right angles, as a scout (localizer) does, which is no "

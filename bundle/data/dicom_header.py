@@ -115,6 +115,12 @@ class SliceHeader:
         """Whether geometry lies in functional groups."""
         return self.sop_class in ENHANCED
 
+    @property
+    def is_encapsulated(self) -> bool:
+        """Whether the transfer syntax compresses pixels."""
+        syntax = UID(self.transfer_syntax)
+        return syntax.is_transfer_syntax and syntax.is_encapsulated
+
 
 def is_image(path: Path) -> bool:
     """Whether a DICOM file is an image, or damaged so that it may be one; False for SR, PR, DICOMDIR and their like."""

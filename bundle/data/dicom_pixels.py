@@ -16,8 +16,9 @@ from ..errors import Refusal
 from .decoder import decode_frames
 from .dicom_header import SliceHeader
 from .dicom_tags import quiet_pydicom, read_dataset
+from .stored_bits import Stored, holds_more, stored_values
 
-__all__ = ["Pixels", "read_pixels", "stored_values"]
+__all__ = ["Pixels", "read_pixels"]
 
 PIXEL_TAGS = (
     "SOPInstanceUID", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation",
@@ -26,8 +27,6 @@ PIXEL_TAGS = (
 )  # fmt: skip
 # Nothing is less dense than vacuum, −1000 HU; scanners clip at −1024, the least value of a 12-bit CT.
 LEAST_HU = -1024.0
-
-Stored = NDArray[np.integer]
 
 
 class Pixels(NamedTuple):
@@ -110,7 +109,7 @@ def _read_file(headers: Sequence[SliceHeader]) -> Iterator[tuple[Stored, NDArray
         limits = [
             _padding(dataset, k, first.bits_allocated or 0) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")
         ]
-        native = first.pixel_bytes != -1
+        native = not first.is_encapsulated
         frames = [h.frame or 0 for h in headers]
         images = _native(dataset, frames) if native else _compressed(first.path, frames)
         for raw in images:
@@ -148,7 +147,6 @@ def _interpreted(
     bits, high = header.bits_stored or 0, header.high_bit or 0
     stored = stored_values(raw, allocated, bits, high, signed) if native else raw
     padding = np.zeros(stored.shape, dtype=bool)
-    as_unsigned = raw.view(f"u{raw.dtype.itemsize}")
     if limits[0] is not None:
         first = limits[0]
         last = first if limits[1] is None else limits[1]
@@ -156,33 +154,10 @@ def _interpreted(
         padding = (stored >= low) & (stored <= most)
         if native and first == last:
             # A padding value may need more bits than are stored; then only the pixel as written matches.
-            padding |= as_unsigned == first
+            padding |= raw.view(f"u{raw.dtype.itemsize}") == first
     if not native:
         return stored, padding, False
-    # A pixel as written is its value (the sign perhaps extended), or its stored bits; else something lies beside them.
-    mask = np.array(((1 << bits) - 1) << (high - bits + 1), dtype=as_unsigned.dtype)
-    beside = (as_unsigned != stored.view(as_unsigned.dtype)) & ((as_unsigned & ~mask) != 0)
-    return stored, padding, bool(beside[~padding].any())
-
-
-def stored_values(raw: Stored, allocated: int, stored: int, high_bit: int, signed: bool) -> Stored:
-    """Cut the stored bits out of each pixel, dropping overlay bits above and below, and extend the sign.
-
-    Args:
-        raw: pixels as written, `allocated` bits wide.
-        allocated: 8, 16 or 32 bits.
-        stored: number of bits of the value.
-        high_bit: place of its highest bit.
-        signed: two's complement or not.
-
-    Returns:
-        The values, of the same width.
-    """
-    width = allocated // 8
-    top = np.left_shift(raw.view(f"u{width}"), np.array(allocated - 1 - high_bit, dtype=f"u{width}"))
-    kind = "i" if signed else "u"
-    shifted: Stored = np.right_shift(top.view(f"{kind}{width}"), np.array(allocated - stored, dtype=f"{kind}{width}"))
-    return shifted
+    return stored, padding, bool(holds_more(raw, stored, bits, high)[~padding].any())
 
 
 def _padding(dataset: FileDataset, keyword: str, allocated: int) -> int | None:

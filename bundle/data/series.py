@@ -59,8 +59,7 @@ def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = Non
     if not path.exists():
         raise InputError(f"{path} does not exist")
     if path.is_dir():
-        files = [file for _, names in walk(path) for file in names if file.is_file()]
-        volume = _read_dicom(files, policy, channels)
+        volume = _read_dicom(_files_below(path), policy, channels)
     elif not path.is_file():
         raise _not_an_image()
     elif is_nifti_name(path) or has_nifti_content(path):
@@ -74,6 +73,13 @@ def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = Non
     else:
         raise _not_an_image()
     return _corrected(volume, policy)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    try:
+        return [file for _, names in walk(folder) for file in names if file.is_file()]
+    except InputError as error:  # whose sentence names the folder, which may name the patient
+        raise Refusal("unreadable", "A folder of the scan cannot be read; look at its permissions.") from error
 
 
 def _not_an_image() -> Refusal:

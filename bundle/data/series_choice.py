@@ -14,7 +14,7 @@ from ..errors import Refusal
 from .dicom_checks import has_volume_class, is_colour, is_localizer, known_modality
 from .dicom_directory import listed_images
 from .dicom_files import dicom_below
-from .dicom_geometry import planes_of
+from .dicom_geometry import is_scout, planes_of
 from .dicom_header import SliceHeader, read_headers, uid_of
 from .policy import PLANES, ReaderPolicy, SeriesRules
 
@@ -32,8 +32,9 @@ class FoundSeries:
 
     Args:
         uid: SeriesInstanceUID.
-        headers: its images.
+        headers: its images, without those of damaged files.
         damage: why one of its files cannot be read, or None.
+        damaged: how many of its files cannot be read.
         kind: image; localizer; capture (secondary captures, colour pictures and objects that are no CT or MR image).
         plane: nearest of axial, coronal and sagittal; None where the images say none, or several.
         spacing: usual distance between neighbouring positions, mm; None below two positions.
@@ -43,6 +44,7 @@ class FoundSeries:
     uid: str
     headers: tuple[SliceHeader, ...]
     damage: Refusal | None
+    damaged: int
     kind: str
     plane: str | None
     spacing: float | None
@@ -54,17 +56,23 @@ class FoundSeries:
         return known_modality(self.headers[0]) if self.headers else "another or none"
 
     @property
+    def images(self) -> int:
+        """How many different images it has, damaged files counted as one each."""
+        return len({(h.sop_uid, h.frame) for h in self.headers}) + self.damaged
+
+    @property
     def contrast(self) -> bool:
         """Whether a contrast agent is recorded in any image."""
         return any(h.contrast_agent for h in self.headers)
 
     def words(self) -> str:
         """The series in a few words that name nobody."""
-        parts = [self.modality, f"{len(self.headers)} image{'' if len(self.headers) == 1 else 's'}"]
+        parts = [self.modality, f"{self.images} image{'' if self.images == 1 else 's'}"]
         parts += [self.plane] if self.plane else []
         parts += [f"{self.spacing:.2f} mm"] if self.spacing else []
         parts += ["contrast"] if self.contrast else []
         parts += [] if self.kind == "image" else [self.kind]
+        parts += ["damaged"] if self.damage else []
         return ", ".join(parts)
 
     def facts(self) -> dict[str, Any]:
@@ -72,7 +80,7 @@ class FoundSeries:
         return {
             "series_uid": self.uid,
             "modality": self.modality,
-            "images": len(self.headers),
+            "images": self.images,
             "plane": self.plane,
             "spacing_mm": self.spacing,
             "contrast": self.contrast,
@@ -101,7 +109,7 @@ def find_series(files: Sequence[Path]) -> Study:
     """
     dicom, other_files = dicom_below(files)
     images: dict[str, list[SliceHeader]] = {}
-    damages: dict[str, Refusal] = {}
+    damages: dict[str, list[Refusal]] = {}
     objects: list[Path] = []
     for path in dicom:
         try:
@@ -110,7 +118,7 @@ def find_series(files: Sequence[Path]) -> Study:
             series = uid_of(path, "SeriesInstanceUID")
             if series is None:
                 raise
-            damages.setdefault(series, refusal)
+            damages.setdefault(series, []).append(refusal)
             images.setdefault(series, [])
             continue
         if not headers:
@@ -126,38 +134,37 @@ def find_series(files: Sequence[Path]) -> Study:
     there = {header.sop_uid for headers in images.values() for header in headers}
     listed = listed_images(objects)
     found = [
-        _described(uid, tuple(headers), damages.get(uid), len(listed.get(uid, set()) - there))
+        _described(uid, tuple(headers), damages.get(uid, []), len(listed.get(uid, set()) - there))
         for uid, headers in images.items()
     ]
     return Study(sorted(found, key=lambda s: s.uid), len(objects), other_files)
 
 
-def _described(uid: str, headers: tuple[SliceHeader, ...], damage: Refusal | None, lost: int) -> FoundSeries:
-    plane, spacing, planes = _geometry(headers)
+def _described(uid: str, headers: tuple[SliceHeader, ...], damages: list[Refusal], lost: int) -> FoundSeries:
+    plane, spacing, scout = _geometry(headers)
     kind = "image"
     if headers and all(not has_volume_class(h) or is_colour(h) for h in headers):
         kind = "capture"
-    elif headers and (all(map(is_localizer, headers)) or planes == 3):
+    elif headers and (all(map(is_localizer, headers)) or scout):
         kind = "localizer"
-    return FoundSeries(uid, headers, damage, kind, plane, spacing, lost)
+    return FoundSeries(uid, headers, damages[0] if damages else None, len(damages), kind, plane, spacing, lost)
 
 
-def _geometry(headers: Sequence[SliceHeader]) -> tuple[str | None, float | None, int]:
-    """Nearest plane, usual spacing in mm, number of planes."""
+def _geometry(headers: Sequence[SliceHeader]) -> tuple[str | None, float | None, bool]:
+    """Nearest plane, usual spacing in mm, and whether the images lie as those of a scout do."""
     placed = [h.facts for h in headers if h.facts.position is not None and h.facts.orientation is not None]
     if not placed:
-        return None, None, 0
+        return None, None, False
     orientations = np.array([f.orientation for f in placed], dtype=np.float64)
-    planes = planes_of(orientations, ONE_PLANE)
-    if planes != 1:
-        return None, None, planes
+    if planes_of(orientations, ONE_PLANE) != 1:
+        return None, None, is_scout(orientations, ONE_PLANE)
     normal = np.cross(orientations[0, :3], orientations[0, 3:])
     depth = np.sort(np.array([f.position for f in placed], dtype=np.float64) @ normal)
     gaps = np.diff(depth)
     gaps = gaps[gaps > ONE_POSITION_MM]
     # In PLANES' order the normals are along z, y and x.
     plane = PLANES[2 - int(np.abs(normal).argmax())]
-    return plane, float(np.median(gaps)) if len(gaps) else None, planes
+    return plane, float(np.median(gaps)) if len(gaps) else None, False
 
 
 def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
@@ -176,10 +183,12 @@ def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
         )
     candidates = found
     if len(found) > 1:
-        candidates = [s for s in found if s.kind == "image" and s.modality in policy.modalities]
+        # A series of which nothing can be read may be the one that is meant.
+        wanted = [s for s in found if not s.headers or s.modality in policy.modalities]
+        candidates = [s for s in wanted if s.kind == "image"]
     fitting = [s for s in candidates if fits(s, policy.series)]
     if policy.series.thinnest and len(fitting) > 1 and (known := [s.spacing for s in fitting if s.spacing]):
-        fitting = [s for s in fitting if s.spacing and s.spacing <= min(known) * ALIKE]
+        fitting = [s for s in fitting if not s.headers or (s.spacing and s.spacing <= min(known) * ALIKE)]
     if len(fitting) == 1:
         return fitting[0]
     listed = "; ".join(s.words() for s in found[:LISTED]) + ("; …" if len(found) > LISTED else "")
@@ -200,16 +209,18 @@ def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
 
 
 def fits(series: FoundSeries, rules: SeriesRules) -> bool:
-    """Whether a series fits every rule but `thinnest`, which compares series."""
+    """Whether a series fits every rule but `thinnest`, which compares series; one that says nothing may fit."""
     headers, spacing = series.headers, series.spacing
+    if not headers:
+        return True
     types = {word for h in headers for word in h.image_type}
-    described = [h.description for h in headers[:1]] or [""]
+    described = headers[0].description
     conditions = (
         rules.modality is None or series.modality in {m.upper() for m in rules.modality},
-        rules.description is None or any(_like(d, rules.description) for d in described),
-        rules.exclude_description is None or not any(_like(d, rules.exclude_description) for d in described),
+        rules.description is None or _like(described, rules.description),
+        rules.exclude_description is None or not _like(described, rules.exclude_description),
         rules.plane is None or series.plane == rules.plane,
-        rules.slices is None or rules.slices[0] <= len(headers) <= rules.slices[1],
+        rules.slices is None or rules.slices[0] <= series.images <= rules.slices[1],
         rules.spacing_mm is None or (spacing is not None and rules.spacing_mm[0] <= spacing <= rules.spacing_mm[1]),
         rules.contrast is None or series.contrast == rules.contrast,
         rules.image_type is None or {w.upper() for w in rules.image_type} <= types,

@@ -28,7 +28,7 @@ from tests.data.dicom_factory import make_slices, save, set_pixels
 
 SYNTAXES = {**encodings.CODECS, "JPEG lossless, any predictor": JPEGLossless, "lossy JPEG 2000": JPEG2000}
 REAL = (
-    "693_J2KI.dcm", "J2K_pixelrep_mismatch.dcm", "JPEG2000.dcm", "JPEGLSNearLossless_08.dcm",
+    "693_J2KI.dcm", "JPEG2000.dcm", "JPEGLSNearLossless_08.dcm",
     "JPEGLSNearLossless_16.dcm", "MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm",
 )  # fmt: skip
 # 24 rows and 20 columns of (37 row + 11 column) mod 4096, encoded by imagecodecs 2026.3.6 (OpenJPH).
@@ -187,6 +187,12 @@ def test_htj2k(tmp_path: Path) -> None:
 def test_equals_pydicom_on_files_of_several_vendors(name: str) -> None:
     path = Path(str(get_testdata_file(name, download=False)))
     assert_equal(list(decode_frames(path, [0])), reference(path))
+
+
+def test_a_real_file_whose_codestream_contradicts_its_sign() -> None:
+    """Signed by its header, unsigned by its codestream, and some pixels are other values for each."""
+    path = Path(str(get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False)))
+    assert refusal_of(path) == ("pixel_data_corrupt", "values")
 
 
 def test_equals_pydicom_on_real_scans(data_dir: Path) -> None:

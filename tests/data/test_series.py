@@ -19,9 +19,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from bundle.data.dicom_pixels import stored_values
 from bundle.data.policy import ReaderPolicy
 from bundle.data.series import read_volume
+from bundle.data.stored_bits import stored_values
 from bundle.errors import InputError, Refusal
 from tests.data import dicom_factory as factory
 from tests.data.dicom_factory import CANARY, largest_error, make_series, make_slices, save, set_pixels, write_series
