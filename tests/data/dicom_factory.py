@@ -74,10 +74,7 @@ def make_slices(
         ds.SeriesInstanceUID = f"{ROOT}.{series}"
         ds.StudyInstanceUID = f"{ROOT}.0"
         ds.FrameOfReferenceUID = f"{ROOT}.0.1"
-        ds.PatientName = CANARY
-        ds.PatientID = CANARY
-        ds.SeriesDescription = CANARY
-        ds.Modality = modality
+        describe(ds, modality, series, k)
         ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
         ds.InstanceNumber = k + 1
         ds.SamplesPerPixel = 1
@@ -92,6 +89,48 @@ def make_slices(
         set_pixels(ds, np.rint((true_value(where) - intercept) / slope))
         slices.append(ds)
     return slices
+
+
+def describe(ds: Dataset, modality: str, series: int, k: int) -> None:
+    """What a real object of the kind carries besides geometry and pixels; free text holds the canary."""
+    ds.PatientName = ds.PatientID = ds.PatientComments = ds.OtherPatientIDs = CANARY
+    ds.PatientBirthDate, ds.PatientSex = "19700101", "O"
+    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = "20200101"
+    ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = "120000"
+    ds.AccessionNumber = ds.ReferringPhysicianName = ds.OperatorsName = ds.InstitutionName = CANARY
+    ds.StudyID, ds.SeriesNumber, ds.AcquisitionNumber = "1", series, 1
+    ds.StudyDescription = ds.SeriesDescription = ds.ProtocolName = ds.ImageComments = ds.StationName = CANARY
+    ds.Manufacturer, ds.ManufacturerModelName, ds.BodyPartExamined = "Factory", "Affine", "HEAD"
+    ds.PatientPosition, ds.PositionReferenceIndicator = "HFS", None
+    ds.Modality = modality
+    if modality == "CT":
+        ds.KVP, ds.XRayTubeCurrent, ds.ConvolutionKernel = 120, 200, "STANDARD"
+    else:
+        ds.ScanningSequence, ds.SequenceVariant, ds.ScanOptions, ds.MRAcquisitionType = "SE", "NONE", None, "2D"
+        ds.RepetitionTime, ds.EchoTime, ds.EchoTrainLength, ds.MagneticFieldStrength = 500, 10, 1, 3
+        ds.EchoNumbers, ds.FlipAngle = 1, 90
+
+
+def fill_from_tags(ds: Dataset) -> None:
+    """Give a slice the values that belong where its own tags say that it lies."""
+    row, column = np.array(ds.ImageOrientationPatient[:3], float), np.array(ds.ImageOrientationPatient[3:], float)
+    r, c = np.mgrid[: ds.Rows, : ds.Columns]
+    down, across = (float(v) for v in ds.PixelSpacing)
+    where = np.array(ds.ImagePositionPatient, float) + c[..., None] * across * row + r[..., None] * down * column
+    set_pixels(ds, np.rint((true_value(where) - float(ds.RescaleIntercept)) / float(ds.RescaleSlope)))
+
+
+def stack(
+    count: int = 8,
+    orientation: Sequence[float] = AXIAL,
+    gap: float = 2.5,
+    origin: Sequence[float] = (-20.0, 15.0, -30.0),
+    lean: tuple[float, float] = (0.0, 0.0),
+) -> np.ndarray:
+    """Positions of slices that are `gap` mm apart and lean by so many mm a slice along rows and columns."""
+    row, column = np.array(orientation[:3]), np.array(orientation[3:])
+    step = normal_of(orientation) * gap + row * lean[0] + column * lean[1]
+    return np.array(origin) + np.arange(count)[:, None] * step
 
 
 def set_pixels(ds: Dataset, stored: np.ndarray) -> None:
@@ -111,12 +150,13 @@ def stored_pixels(ds: Dataset) -> np.ndarray:
 
 def save(ds: Dataset, path: Path, syntax: str = ExplicitVRLittleEndian) -> Path:
     meta = getattr(ds, "file_meta", None) or FileMetaDataset()
-    meta.MediaStorageSOPClassUID = ds.SOPClassUID
-    meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    meta.MediaStorageSOPClassUID = ds.get("SOPClassUID") or CLASS_UID["CT"]
+    meta.MediaStorageSOPInstanceUID = ds.get("SOPInstanceUID") or f"{ROOT}.6"
     if "TransferSyntaxUID" not in meta:
         meta.TransferSyntaxUID = syntax
     ds.file_meta = meta
-    ds.save_as(path, enforce_file_format=True)
+    layout = {"implicit_vr": False, "little_endian": True} if meta.TransferSyntaxUID.is_private else {}
+    ds.save_as(path, enforce_file_format=True, **layout)
     return path
 
 
