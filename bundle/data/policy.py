@@ -94,7 +94,7 @@ class ReaderPolicy:
         max_tilt_degrees: absolute, degrees. Gantries tilt to 30°; beyond 35° the positions are wrong, not tilted.
         accept_lossy: true: lossy compressed DICOM is read, and provenance says so; false: it is refused.
         n4_bias_correction: MR only: correct the slow change of brightness of surface coils by N4 (Tustison et al.
-            2010, itk). It takes long, and false keeps the values as stored.
+            2010, itk). 2 to 5 s for 256 × 256 × 24 voxels on one core, and some seconds once to load itk.
         affine_tolerance_mm: absolute, mm, at the farthest corner. How far a NIfTI file's sform and qform, or the
             affines of two modalities stacked as channels, may disagree. Their float32 rounding is below 0.001 mm.
         voxel_size_tolerance_relative: how far the voxel size in a NIfTI header may differ from the length of the

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import dcm2niix
 import nibabel as nib
 import numpy as np
 import pytest
@@ -71,10 +71,8 @@ def with_itk(folder: Path, to: Path) -> Path:
 
 def with_dcm2niix(folder: Path, to: Path) -> Path:
     """The volume as dcm2niix, which reads and orders DICOM by itself, converts it."""
-    program = shutil.which("dcm2niix")
-    assert program, "dcm2niix is in the set of packages for tests"
     to.mkdir()
-    subprocess.run([program, "-z", "y", "-b", "n", "-f", "x", "-o", to, folder], check=True, capture_output=True)
+    subprocess.run([dcm2niix.bin, "-z", "y", "-b", "n", "-f", "x", "-o", to, folder], check=True, capture_output=True)
     (image,) = to.glob("*.nii.gz")
     return image
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import dcm2niix
 import highdicom
 import nibabel as nib
 import numpy as np
@@ -94,7 +95,7 @@ def test_an_enhanced_mr_is_what_highdicom_and_dcm2niix_read(dicom_dir: Path, tmp
             array = array[:, :, ::-1]
         np.testing.assert_allclose(volume.array, array, rtol=1e-6, atol=1e-3)
     subprocess.run(
-        ["dcm2niix", "-b", "n", "-f", "x", "-o", tmp_path, dicom_dir / folder], check=True, capture_output=True
+        [dcm2niix.bin, "-b", "n", "-f", "x", "-o", tmp_path, dicom_dir / folder], check=True, capture_output=True
     )
     (converted,) = tmp_path.glob("*.nii")
     same_as_nifti(volume, nib.load(converted), _scale_of_philips(dataset))  # type: ignore[arg-type]
