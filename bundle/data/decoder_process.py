@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 from pydicom.pixels.decoders.base import Decoder
-from pydicom.uid import UID, JPEGExtended12Bit
+from pydicom.uid import JPEGExtended12Bit
 
 from ..errors import Refusal
 from .codestream import CodestreamFacts, codestream_facts, disagreement, frame_spans
-from .dicom_tags import integer, quiet_pydicom, read_dataset, uid, word
+from .dicom_tags import integer, known, quiet_pydicom, read_dataset, uid, word
 from .stored_bits import holds_more, stored_values
 
 __all__ = ["MAX_FRAME_PIXELS", "REQUEST_FRAMES", "corrupt", "limit", "serve", "stamp"]
@@ -91,7 +91,7 @@ def _open(path: Path) -> _Image:
         raise corrupt("size")
     if rows * columns > MAX_FRAME_PIXELS:
         raise limit("size", limit_pixels=MAX_FRAME_PIXELS)
-    syntax = UID(uid(dataset.file_meta, "TransferSyntaxUID") or "")
+    syntax = known(uid(dataset.file_meta, "TransferSyntaxUID") or "")
     if syntax == JPEGExtended12Bit and stored > 8:
         raise Refusal(
             "transfer_syntax", "Lossy JPEG of 12 bits (JPEG Extended) cannot be decoded here; send it uncompressed."

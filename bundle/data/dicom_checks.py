@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 from pydicom.pixels import get_decoder
-from pydicom.uid import UID
 
 from ..errors import Refusal
 from .dicom_contrast import check_one_contrast
 from .dicom_header import CT_IMAGE, ENHANCED, MR_IMAGE, SliceHeader
+from .dicom_tags import known, quiet_pydicom
 from .policy import ReaderPolicy
 
 __all__ = ["check_images", "check_one_series", "has_volume_class", "is_colour", "is_localizer", "known_modality"]
@@ -137,13 +137,14 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
 
 
 def _syntax_name(headers: Sequence[SliceHeader]) -> str:
-    bad = next((UID(h.transfer_syntax) for h in headers if not _can_decode(h.transfer_syntax)), None)
+    bad = next((known(h.transfer_syntax) for h in headers if not _can_decode(h.transfer_syntax)), None)
     return f"({bad.name})" if bad is not None and bad.name != str(bad) else "(unknown)"
 
 
 def _can_decode(transfer_syntax: str) -> bool:
     try:
-        return bool(get_decoder(UID(transfer_syntax)).is_available)
+        with quiet_pydicom():
+            return bool(get_decoder(known(transfer_syntax)).is_available)
     except NotImplementedError:
         return False
 

@@ -37,7 +37,7 @@ def listed_images(paths: Sequence[Path]) -> dict[str, set[str]]:
 def _add(path: Path, listed: dict[str, set[str]]) -> None:
     with quiet_pydicom():
         dataset = read_dataset(path, ("DirectoryRecordSequence",), None)
-        if str(dataset.file_meta.get("MediaStorageSOPClassUID", "")) != DIRECTORY:
+        if uid(dataset.file_meta, "MediaStorageSOPClassUID") != DIRECTORY:
             return
         series = None
         for record in items(dataset, "DirectoryRecordSequence") or ():

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..errors import Refusal
 from .dicom_frames import FRAME_SEQUENCES, FrameFacts, frame_facts, root_facts
@@ -17,6 +17,7 @@ from .dicom_tags import (
     hint,
     integer,
     items,
+    known,
     private_number,
     quiet_pydicom,
     read_dataset,
@@ -118,7 +119,7 @@ class SliceHeader:
     @property
     def is_encapsulated(self) -> bool:
         """Whether the transfer syntax compresses pixels."""
-        syntax = UID(self.transfer_syntax)
+        syntax = known(self.transfer_syntax)
         return syntax.is_transfer_syntax and syntax.is_encapsulated
 
 
@@ -142,8 +143,8 @@ def uid_of(path: Path, keyword: str) -> str | None:
 
 
 def _is_image(dataset: FileDataset) -> bool:
-    declared = (uid(dataset, "SOPClassUID"), str(dataset.file_meta.get("MediaStorageSOPClassUID", "")))
-    names = [(one, UID(one).name) for one in declared if one]
+    declared = uid(dataset, "SOPClassUID"), uid(dataset.file_meta, "MediaStorageSOPClassUID")
+    names = [(one, known(one).name) for one in declared if one]
     # Only what is known to be something else is no image: an image cut short before its pixels must not vanish.
     other = bool(names) and all(name != one and "Image" not in name for one, name in names)
     return not other or any(keyword in dataset for keyword in PIXEL_KEYWORDS)
@@ -239,7 +240,7 @@ def _pixel_bytes(dataset: FileDataset, path: Path) -> int | None:
         return -1
     if element.value is not None:
         return len(element.value)
-    if dataset.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+    if uid(dataset.file_meta, "TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         return int(element.length)
     # pydicom skips over deferred values without looking whether the file goes on that far.
     return max(0, min(int(element.length), path.stat().st_size - element.value_tell))

@@ -17,7 +17,7 @@ import pydicom
 import pydicom.config
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.multival import MultiValue
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from ..errors import Refusal
 
@@ -25,6 +25,7 @@ __all__ = [
     "hint",
     "integer",
     "items",
+    "known",
     "number",
     "numbers",
     "private_number",
@@ -268,6 +269,11 @@ def uid(dataset: Dataset, keyword: str) -> str | None:
     if value and not UID_PATTERN.fullmatch(value):
         raise _bad_tag(keyword)
     return value or None
+
+
+def known(text: str) -> UID:
+    """The UID with pydicom's knowledge of it, without its warnings, which quote it."""
+    return UID(text, pydicom.config.IGNORE)
 
 
 def required_uid(dataset: Dataset, keyword: str) -> str:
