@@ -212,6 +212,15 @@ def test_mutants_of_one_slice_never_give_a_wrong_volume(tmp_path: Path, start: i
     assert len(outcomes) > 5
 
 
+# Damage to the file meta group and the transfer syntax that once made pydicom's own errors and warnings escape.
+FOUND_BEFORE = (1520, 2558, 3560, 5311, 6055, 6163, 6209, 6396, 8224, 9355)
+
+
+@pytest.mark.parametrize("seed", FOUND_BEFORE)
+def test_mutants_that_once_went_wrong(tmp_path: Path, seed: int) -> None:
+    run_mutants(tmp_path, range(seed, seed + 1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", [0, COUNT - 1])
 @pytest.mark.parametrize("modality", ["CT", "MR"])
