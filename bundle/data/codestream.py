@@ -26,6 +26,8 @@ START_OF_FRAME = {
     "1.2.840.10008.1.2.4.80": (0xF7,),
     "1.2.840.10008.1.2.4.81": (0xF7,),
 }
+LOSSLESS = {f"1.2.840.10008.1.2.4.{number}" for number in (57, 70, 80, 90, 201, 202)}
+JPEG_LS_FRAME, LOSSLESS_FRAME = 0xF7, 0xC3
 JPEG_START, J2K_START, JP2_START = b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"
 # End of image in JPEG, end of codestream in JPEG 2000; compressed pixels can hold it in neither.
 END = b"\xff\xd9"
@@ -37,13 +39,17 @@ Span = tuple[int, int]
 
 
 class CodestreamFacts(NamedTuple):
-    """Rows, columns, components (samples a pixel) and bits of each; `signed` is None where the format cannot say."""
+    """Rows, columns, components (samples a pixel) and bits of each; `signed` is None where the format cannot say.
+
+    `lossy` is whether the process loses: DCT, JPEG-LS with an allowed error, the 9-7 wavelet.
+    """
 
     rows: int
     columns: int
     components: int
     precision: int
     signed: bool | None
+    lossy: bool = False
 
 
 def frame_spans(pixels: bytes, frames: int, transfer_syntax: str) -> list[list[Span]]:
@@ -124,6 +130,8 @@ def codestream_facts(frame: bytes, transfer_syntax: str) -> CodestreamFacts | No
         facts, place = _jpeg_facts(frame, START_OF_FRAME[transfer_syntax])
     else:
         facts, place = _jpeg_2000_facts(frame)
+    if facts.lossy and transfer_syntax in LOSSLESS:
+        raise ValueError("a codestream with loss under a transfer syntax without")
     # Not necessarily last: real files carry up to some ten stray bytes after it.
     if frame.rfind(END, place) < 0:
         raise ValueError("the codestream is cut short")
@@ -145,11 +153,37 @@ def _jpeg_facts(frame: bytes, kinds: tuple[int, ...]) -> tuple[CodestreamFacts, 
             if length < 8:
                 break
             precision, rows, columns, components = struct.unpack_from(">BHHB", frame, place + 4)
-            return CodestreamFacts(rows, columns, components, precision, None), end
+            lossy = _near(frame, end) > 0 if kind[0] == JPEG_LS_FRAME else kind[0] != LOSSLESS_FRAME
+            return CodestreamFacts(rows, columns, components, precision, None, lossy), end
         if (0xC0 <= kind[0] <= 0xCF and kind[0] not in (0xC4, 0xC8, 0xCC)) or kind[0] == 0xF7:
             raise ValueError("a JPEG frame of another process than the transfer syntax says")
         place = end
     raise ValueError("a JPEG frame that states no size")
+
+
+def _near(frame: bytes, place: int) -> int:
+    """The largest error of a JPEG-LS frame, from the header of its scan; 0 where it is without loss."""
+    for _ in range(MAX_SEGMENTS):
+        kind, length = frame[place + 1 : place + 2], int.from_bytes(frame[place + 2 : place + 4], "big")
+        if frame[place : place + 1] != b"\xff" or length < 2 or place + 2 + length > len(frame):
+            break
+        if kind == b"\xda":
+            near = place + 5 + 2 * frame[place + 4]
+            return frame[near] if near < place + 2 + length else 0
+        place += 2 + length
+    raise ValueError("a JPEG-LS frame without a scan")
+
+
+def _is_irreversible(frame: bytes, place: int) -> bool:
+    """Whether a JPEG 2000 codestream uses the 9-7 wavelet, which loses; its coding style follows the size."""
+    for _ in range(MAX_SEGMENTS):
+        marker, length = frame[place : place + 2], int.from_bytes(frame[place + 2 : place + 4], "big")
+        if marker[:1] != b"\xff" or length < 2 or marker == b"\xff\x90":
+            break
+        if marker == b"\xff\x52":
+            return length >= 12 and place + 13 < len(frame) and frame[place + 13] == 0
+        place += 2 + length
+    raise ValueError("a JPEG 2000 codestream without a coding style")
 
 
 def _jpeg_2000_facts(frame: bytes) -> tuple[CodestreamFacts, int]:
@@ -162,7 +196,9 @@ def _jpeg_2000_facts(frame: bytes) -> tuple[CodestreamFacts, int]:
         raise ValueError("a JPEG 2000 codestream with a damaged header")
     # Of the first component, ⌈right / step⌉ − ⌈left / step⌉: it may be coarser than the reference grid.
     columns, rows = -(-right // step_x) - -(-left // step_x), -(-bottom // step_y) - -(-top // step_y)
-    return CodestreamFacts(rows, columns, components, (depth & 0x7F) + 1, bool(depth & 0x80)), start + 4 + length
+    end = start + 4 + length
+    lossy = _is_irreversible(frame, end)
+    return CodestreamFacts(rows, columns, components, (depth & 0x7F) + 1, bool(depth & 0x80), lossy), end
 
 
 def _codestream_in_boxes(frame: bytes) -> int:

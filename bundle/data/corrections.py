@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import Refusal
 from .itk_loader import load_itk
 from .volume import Volume
 
@@ -19,6 +20,8 @@ Channel = NDArray[np.float32]
 
 # Rounding of affines, mm per slice: below it a stack does not lean.
 ROUNDING_MM = 1e-6
+# Cosine; the reader admits 0.05° between the axes of an image file.
+RIGHT_ANGLE = 1e-3
 # N4 as in ITK's and SimpleITK's examples: every 4th voxel in the plane, but not below 32 of them; an Otsu mask of 200
 # bins; four levels, at whose last the field is a cubic spline of 8 spans an axis; 50 iterations each.
 SHRINK, FEWEST_VOXELS = 4, 32
@@ -32,7 +35,7 @@ def _noted(volume: Volume, array: NDArray[np.float32], affine: Vector, note: str
     return replace(volume, array=array, affine=affine, facts=facts)
 
 
-def make_upright(volume: Volume) -> Volume:
+def make_upright(volume: Volume, max_voxels: int = 2**29) -> Volume:
     """Shift each slice in its own plane so that the stack stands at right angles to its slices.
 
     Every slice stays in the plane in which it was acquired, so slices, their UIDs and positions stay one to one. Values
@@ -41,21 +44,24 @@ def make_upright(volume: Volume) -> Volume:
 
     Args:
         volume: (X, Y, Z) or (X, Y, Z, C), whose first two axes are at right angles.
+        max_voxels: the most that the upright grid may have.
 
     Returns:
         The volume on the upright grid, or the same one where nothing leans. `facts["corrections"]` tells the angle and
         the largest shift.
 
     Raises:
+        Refusal: `too_large`.
         ValueError: the first two axes are not at right angles, or the third lies in their plane.
     """
     spacing = np.linalg.norm(volume.affine[:3, :2], axis=0)
     axes = volume.affine[:3, :2] / spacing  # (3, 2) unit vectors in the plane
     normal = np.cross(axes[:, 0], axes[:, 1])
     step = volume.affine[:3, 2]
-    if abs(axes[:, 0] @ axes[:, 1]) > 1e-6 or abs(normal @ step) < ROUNDING_MM:
+    if abs(axes[:, 0] @ axes[:, 1]) > RIGHT_ANGLE or abs(normal @ step) < ROUNDING_MM:
         raise ValueError("the first two axes must be at right angles, and the third outside of their plane")
-    lean = step @ axes  # (2,) mm a slice
+    normal = normal / np.linalg.norm(normal)
+    lean = np.linalg.lstsq(axes, step)[0]  # (2,) mm a slice, along axes that may be off a right angle by rounding
     if np.linalg.norm(lean) < ROUNDING_MM:
         return volume
     shifts = np.arange(volume.array.shape[2])[:, None] * lean / spacing  # (Z, 2) voxels
@@ -63,6 +69,13 @@ def make_upright(volume: Volume) -> Volume:
     first = np.floor(np.round(shifts.min(axis=0), 6)).astype(int)
     last = np.ceil(np.round(shifts.max(axis=0), 6)).astype(int) + volume.array.shape[:2] - 1
     size = [int(n) for n in last - first + 1]
+    if (voxels := int(np.prod(size)) * int(np.prod(volume.array.shape[2:]))) > max_voxels:
+        raise Refusal(
+            "too_large",
+            f"Made upright, the volume would have {voxels} voxels; at most {max_voxels} are read.",
+            voxels=voxels,
+            largest=max_voxels,
+        )
     array = np.empty((*size, *volume.array.shape[2:]), dtype=np.float32, order="F")
     for channel in _channels(volume.array):
         least = float(volume.array[channel].min())

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Refusal
-from .decoder_process import MAX_FRAME_PIXELS, REQUEST_FRAMES, corrupt, limit, stamp
-from .dicom_tags import unreadable
+from .decoder_process import MAX_FRAME_PIXELS, REQUEST_FRAMES, corrupt, limit
+from .dicom_tags import stamp, unreadable
 
 __all__ = ["decode_frames"]
 

@@ -22,10 +22,10 @@ from pydicom.uid import JPEGExtended12Bit
 
 from ..errors import Refusal
 from .codestream import CodestreamFacts, codestream_facts, disagreement, frame_spans
-from .dicom_tags import integer, known, quiet_pydicom, read_dataset, uid, word
+from .dicom_tags import integer, known, quiet_pydicom, read_dataset, stamp, uid, word
 from .stored_bits import holds_more, stored_values
 
-__all__ = ["MAX_FRAME_PIXELS", "REQUEST_FRAMES", "corrupt", "limit", "serve", "stamp"]
+__all__ = ["MAX_FRAME_PIXELS", "REQUEST_FRAMES", "corrupt", "limit", "serve"]
 
 # 8192²; CT and MR slices have at most 4096², and a codec needs about 16 bytes a pixel.
 MAX_FRAME_PIXELS = 2**26
@@ -65,12 +65,6 @@ def limit(reason: str, **facts: Any) -> Refusal:
         reason=reason,
         **facts,
     )
-
-
-def stamp(path: Path) -> list[int]:
-    """What changes when a file is written: size in bytes, and time in nanoseconds."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 class _Image(NamedTuple):

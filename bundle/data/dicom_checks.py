@@ -37,9 +37,9 @@ def is_colour(header: SliceHeader) -> bool:
     return header.samples != 1 or header.photometric in COLOURS
 
 
-def has_volume_class(header: SliceHeader) -> bool:
-    """Whether an image is a CT or MR image object, single-frame or enhanced."""
-    return header.sop_class in {CT_IMAGE, MR_IMAGE, *ENHANCED}
+def has_volume_class(sop_class: str) -> bool:
+    """Whether a SOP class is that of CT or MR images, single-frame or enhanced."""
+    return sop_class in {CT_IMAGE, MR_IMAGE, *ENHANCED}
 
 
 def check_one_series(headers: Sequence[SliceHeader]) -> None:
@@ -83,7 +83,7 @@ def check_images(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:
     )
     refuse_where(
         "not_ct_or_mr_image",
-        lambda h: not has_volume_class(h),
+        lambda h: not has_volume_class(h.sop_class),
         "neither a CT nor an MR image object (a secondary capture or a derived object), so its values and geometry are "
         "not assured",
     )

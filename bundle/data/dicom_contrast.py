@@ -35,6 +35,11 @@ def check_one_contrast(headers: Sequence[SliceHeader]) -> None:
         kinds = len({value(f) for f in facts})
         if kinds > 1:
             raise _several(code, kinds, words, len(facts))
+    kernels = len({h.kernel for h in headers})
+    if kernels > 1:
+        raise _several(
+            "several_image_types", kernels, "kinds of reconstruction (kernel, original or derived)", len(facts)
+        )
     known = [f.echo_time for f in facts if f.echo_time is not None]
     if known and (len(known) < len(facts) or not max(known) <= min(known) * ECHO_TIME_TOLERANCE):
         raise _several("several_echoes", len({*known}), "echo times", len(facts))

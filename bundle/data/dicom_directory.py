@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import Refusal
-from .dicom_tags import items, quiet_pydicom, read_dataset, uid, word
+from .dicom_tags import integer, items, quiet_pydicom, read_dataset, uid, word
 
 __all__ = ["listed_images"]
 
@@ -16,8 +16,8 @@ DIRECTORY = "1.2.840.10008.1.3.10"
 def listed_images(paths: Sequence[Path]) -> dict[str, set[str]]:
     """The images that DICOMDIR files list, by series.
 
-    Records are taken in the order in which they stand, each image under the series before it, as writers of media place
-    them. A DICOMDIR that cannot be read says nothing: it is no image, and many are left over from copying.
+    Records are found by their offsets, in whatever order they stand. A DICOMDIR that cannot be read says nothing: it is
+    no image, and many are left over from copying.
 
     Args:
         paths: DICOM files without images, DICOMDIR among them or not.
@@ -39,11 +39,17 @@ def _add(path: Path, listed: dict[str, set[str]]) -> None:
         dataset = read_dataset(path, ("DirectoryRecordSequence",), None)
         if uid(dataset.file_meta, "MediaStorageSOPClassUID") != DIRECTORY:
             return
-        series = None
-        for record in items(dataset, "DirectoryRecordSequence") or ():
-            kind = word(record, "DirectoryRecordType")
-            if kind == "SERIES":
-                series = uid(record, "SeriesInstanceUID")
-            elif kind == "IMAGE" and series is not None:
-                image = uid(record, "ReferencedSOPInstanceUIDInFile")
-                listed.setdefault(series, set()).update({image} - {None})  # type: ignore[arg-type]
+        found = items(dataset, "DirectoryRecordSequence") or ()
+        records = {record.seq_item_tell: record for record in found}
+        for record in found:
+            if word(record, "DirectoryRecordType") != "SERIES" or (series := uid(record, "SeriesInstanceUID")) is None:
+                continue
+            place = integer(record, "OffsetOfReferencedLowerLevelDirectoryEntity")
+            for _ in range(len(records)):  # a damaged chain may lead round in a circle
+                below = records.get(place)
+                if below is None:
+                    break
+                image = uid(below, "ReferencedSOPInstanceUIDInFile")
+                if word(below, "DirectoryRecordType") == "IMAGE" and image is not None:
+                    listed.setdefault(series, set()).add(image)
+                place = integer(below, "OffsetOfTheNextDirectoryRecord")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError, Refusal
-from .dicom_tags import unreadable
 
 __all__ = [
     "DicomFiles",
     "dicom_below",
+    "files_below",
     "has_dicom_content",
     "is_damaged_dicom",
     "is_litter",
@@ -23,11 +23,13 @@ __all__ = [
 ]
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-# What lies beside scans and is none. A damaged slice cannot pass for one of these unless the slices are so called.
+# What lies beside scans and is none. A damaged slice cannot pass for one of these unless it is called like the others.
 OTHER_SUFFIXES = (
     ".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".xml", ".html", ".htm", ".css", ".js", ".pdf", ".doc", ".docx",
-    ".xls", ".xlsx", ".log", ".ini", ".inf", ".cfg", ".yaml", ".yml", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif",
-    ".tiff", ".ico", ".db", ".exe", ".dll", ".bat", ".sh", ".py", ".zip", ".bval", ".bvec", ".lnk", ".url", ".lock",
+    ".xls", ".xlsx", ".log", ".ini", ".inf", ".cfg", ".yaml", ".yml", ".properties", ".png", ".jpg", ".jpeg", ".gif",
+    ".bmp", ".tif", ".tiff", ".ico", ".db", ".sqlite", ".exe", ".dll", ".bat", ".sh", ".py", ".bval", ".bvec", ".lnk",
+    ".url", ".lock", ".flag", ".dat", ".md5", ".sha1", ".sha256", ".zip", ".gz", ".bz2", ".xz", ".7z", ".tar",
+    ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".mgz",
 )  # fmt: skip
 # AppleDouble, the `._name` shadow that macOS writes beside every file on foreign disks and into zip files.
 APPLE_DOUBLE = b"\x00\x05\x16\x07"
@@ -49,7 +51,7 @@ def _head(path: Path, size: int = 132) -> bytes:
         with path.open("rb") as file:
             return file.read(size)
     except OSError as error:
-        raise unreadable() from error
+        raise Refusal("unreadable", "A file of the scan cannot be opened; look at its permissions.") from error
 
 
 def has_dicom_content(path: Path) -> bool:
@@ -73,7 +75,7 @@ def name_pattern(path: Path) -> str:
     return re.sub(r"\d+", "#", re.sub(r"(?=[0-9a-f]*\d)[0-9a-f]{6,}", "#", path.name.lower()))
 
 
-def is_damaged_dicom(path: Path, patterns: Iterable[str] = ()) -> bool:
+def is_damaged_dicom(path: Path, patterns: Iterable[str] = (), beside: Container[str] = ()) -> bool:
     """Whether a file that does not begin as DICOM may be a damaged slice. Such a file is never passed over.
 
     A damaged first or last slice, if passed over as junk, would leave a volume that looks whole.
@@ -81,16 +83,54 @@ def is_damaged_dicom(path: Path, patterns: Iterable[str] = ()) -> bool:
     Args:
         path: the file.
         patterns: `name_pattern` of the DICOM files beside it.
+        beside: names of all files beside it.
     """
     if is_litter(path):
         return False
     if name_pattern(path) in patterns or looks_like_dicom(path):
         return True
-    if path.suffix.lower() in OTHER_SUFFIXES or path.name.startswith("."):
+    if path.suffix.lower() in OTHER_SUFFIXES:
+        # A slice that was packed or renamed; beside the slice itself it is a note on it, such as a checksum.
+        inner = Path(path.stem)
+        called = inner.suffix.lower() in DICOM_SUFFIXES or name_pattern(inner) in patterns
+        return called and inner.name not in beside
+    if path.name.startswith("."):
         return False
     head = _head(path, LOOKED_AT)
-    # Nothing but zeros: an empty file, a preamble cut short, or blocks that a full disk never wrote.
+    if not head:
+        return not path.suffix or path.suffix[1:].isdigit()
+    # Nothing but zeros: a preamble cut short, or blocks that a full disk never wrote.
     return not head.strip(b"\0") or DICOM_ROOT in head
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files of a scan: all in a folder and in those below, links to folders included, each folder once.
+
+    Raises:
+        Refusal: `missing_file` where a link leads nowhere, `unreadable` where a folder cannot be read.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+
+    def stop(error: OSError) -> None:
+        raise Refusal("unreadable", "A folder of the scan cannot be read; look at its permissions.") from error
+
+    for directory, below, names in os.walk(folder, onerror=stop, followlinks=True):
+        below.sort()
+        real = os.path.realpath(directory)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        for path in (Path(directory, name) for name in sorted(names)):
+            if path.is_file():
+                found.append(path)
+            elif path.is_symlink() and not path.exists() and path.suffix.lower() not in OTHER_SUFFIXES:
+                raise Refusal(
+                    "missing_file",
+                    "A file of the scan is a link that leads nowhere: fetch the file, or remove the link.",
+                )
+    return found
 
 
 def walk(folder: Path) -> list[tuple[Path, list[Path]]]:
@@ -107,29 +147,35 @@ def walk(folder: Path) -> list[tuple[Path, list[Path]]]:
     return [(Path(directory), [Path(directory, name) for name in sorted(names)]) for directory, _, names in found]
 
 
-def dicom_below(files: Sequence[Path]) -> tuple[list[Path], int]:
-    """The DICOM files among some, and how many others were passed over.
+def dicom_below(files: Sequence[Path]) -> tuple[list[Path], int, list[tuple[Path, Refusal]]]:
+    """The DICOM files among some, how many others were passed over, and those that may be damaged slices.
 
-    Raises:
-        Refusal: `empty_file`, `unreadable_file` where one of the others may be a damaged slice.
+    A damaged file may belong to any series here, so whoever reads one must look at the last of the three.
     """
     dicom: list[Path] = []
     others: list[Path] = []
     for path in files:
         (dicom if has_dicom_content(path) else others).append(path)
     patterns = {name_pattern(path) for path in dicom}
-    for path in others:
-        if not is_damaged_dicom(path, patterns):
-            continue
-        if not path.stat().st_size:
-            raise Refusal(
-                "empty_file",
-                "A file that may belong to the series is empty (0 bytes): it was not copied; copy the series again, or "
-                "remove the file if it is none of its images.",
-            )
-        raise Refusal(
-            "unreadable_file",
-            "A file that by its name or first bytes belongs to the series is not readable as DICOM; copy the series "
-            "again, or remove the file if it is none of its images.",
+    names: dict[Path, set[str]] = {}
+    for path in files:
+        names.setdefault(path.parent, set()).add(path.name)
+    damaged = [path for path in others if is_damaged_dicom(path, patterns, names[path.parent])]
+    return dicom, len(others) - len(damaged), [(path, _damage(path, len(damaged))) for path in damaged]
+
+
+def _damage(path: Path, count: int) -> Refusal:
+    hint = "`python -m bundle.data.series FOLDER` names it"
+    if not path.stat().st_size:
+        return Refusal(
+            "empty_file",
+            "A file that may belong to the series is empty (0 bytes): it was not copied; copy the series again, or "
+            f"remove the file if it is none of its images ({hint}).",
+            damaged_files=count,
         )
-    return dicom, len(others)
+    return Refusal(
+        "unreadable_file",
+        "A file that by its name or first bytes belongs to the series is not readable as DICOM; copy the series "
+        f"again, or remove the file if it is none of its images ({hint}).",
+        damaged_files=count,
+    )

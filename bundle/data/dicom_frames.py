@@ -74,7 +74,7 @@ def root_facts(dataset: Dataset, b_values: Sequence[tuple[int, str]]) -> FrameFa
             b_value = found % 1e9  # GE adds multiples of 10⁹
     return _facts(
         lambda sequence: dataset,
-        echo_time=number(dataset, "EchoTime"),
+        echo_time=hint(dataset, "EchoTime"),
         time_point=word(dataset, "TemporalPositionIdentifier"),
         b_value=b_value,
         components=frozenset(words(dataset, "ImageType")) & COMPONENTS,

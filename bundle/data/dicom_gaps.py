@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Refusal
-from .dicom_header import SliceHeader
+from .dicom_header import Part, SliceHeader
 from .policy import ReaderPolicy
 
 __all__ = ["check_extent", "check_whole", "truncated", "uneven"]
@@ -98,16 +98,29 @@ def truncated(found: int, expected: int, who: str) -> Refusal:
 
 
 def _check_counts(headers: Sequence[SliceHeader]) -> None:
-    parts = {h.concatenation for h in headers if h.concatenation is not None}
-    for part, total in parts:
-        found = len({h.sop_uid for h in headers if h.concatenation is not None and h.concatenation[0] == part})
-        if total is not None and found != total:
-            raise truncated(found, total, "its concatenation has")
+    parts: dict[str, dict[str, tuple[Part, int]]] = {}
+    for h in headers:
+        if h.concatenation is not None:
+            parts.setdefault(h.concatenation.uid, {})[h.sop_uid] = h.concatenation, h.frames
+    for objects in parts.values():
+        _check_concatenation(list(objects.values()))
     # An acquisition that was reconstructed in parts has its parts counted one by one.
     declared = {h.images_in_acquisition for h in headers}
     expected = declared.pop() if len(declared) == 1 else None
     if expected is not None and len({h.acquisition for h in headers}) == 1 and len(headers) < expected < 1e6:
         raise truncated(len(headers), int(expected), "ImagesInAcquisition says")
+
+
+def _check_concatenation(parts: Sequence[tuple[Part, int]]) -> None:
+    totals = {part.total for part, _ in parts} - {None}
+    for total in totals:
+        if total is not None and len(parts) != total:
+            raise truncated(len(parts), total, "its concatenation has")
+    place = 0
+    for offset, frames in sorted((part.offset, frames) for part, frames in parts if part.offset is not None):
+        if offset != place:
+            raise truncated(place, offset, "the next part of its concatenation counts")
+        place += frames
 
 
 def _check_declared_spacing(headers: Sequence[SliceHeader], gap: float) -> None:

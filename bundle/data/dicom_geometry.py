@@ -13,6 +13,7 @@ from ..errors import Refusal
 from .dicom_contrast import repeated_position
 from .dicom_gaps import check_whole, uneven
 from .dicom_header import SliceHeader
+from .grid import LARGEST_MM
 from .policy import ReaderPolicy
 
 __all__ = ["Arrangement", "arrange", "is_scout", "planes_of"]
@@ -101,8 +102,10 @@ def _stack(headers: Sequence[SliceHeader], name: str, tag: str) -> Vector:
             images=len(values),
         )
     array = np.array(values, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise Refusal(f"bad_{code}", f"{tag} is not a number in at least one image.", tag=tag)
+    if not (np.abs(array) <= LARGEST_MM).all():
+        raise Refusal(
+            f"bad_{code}", f"{tag} is not a number, or beyond {LARGEST_MM / 1000:g} m, in at least one image.", tag=tag
+        )
     return array
 
 

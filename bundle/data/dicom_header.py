@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset
@@ -22,6 +22,7 @@ from .dicom_tags import (
     quiet_pydicom,
     read_dataset,
     required_uid,
+    stamp,
     uid,
     unreadable,
     word,
@@ -41,6 +42,8 @@ LOSSY_SYNTAXES = {f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81)}
 SIEMENS_MOSAIC = 0x0019100A
 # Private b-values, by the scanners' owners of the block.
 B_VALUES = ((0x0019100C, "SIEMENS MR HEADER"), (0x00431039, "GEMS_PARM_01"), (0x20011003, "Philips Imaging DD 001"))
+# More than max_slices of any policy in use; each costs a fifth of a millisecond.
+MAX_FRAMES = 20_000
 RESCALE = ("RescaleSlope", "RescaleIntercept", "RescaleType")
 # Nothing else of a file is parsed: what is not read cannot leak. Of the patient only a digest is kept.
 HEADER_TAGS: tuple[str | int, ...] = (
@@ -52,8 +55,17 @@ HEADER_TAGS: tuple[str | int, ...] = (
     *RESCALE, "ModalityLUTSequence", "ContrastBolusAgent",
     "EchoTime", "EchoNumbers", "TemporalPositionIdentifier", "DiffusionBValue", "AcquisitionNumber", "AcquisitionTime",
     "TriggerTime", "ImagesInAcquisition", "ConcatenationUID", "InConcatenationTotalNumber",
+    "ConcatenationFrameOffsetNumber", "ConvolutionKernel",
     SIEMENS_MOSAIC, *(tag for tag, _ in B_VALUES), 0x00190010, 0x00430010, 0x20010010,
 )  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A part of a concatenation: its UID, how many parts it has, and the place of this one's first frame, from 0."""
+
+    uid: str
+    total: int | None
+    offset: int | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,9 @@ class SliceHeader:
         mosaic: many slices tiled into one picture.
         pixel_bytes: what the file really holds of the pixel data; −1 where encapsulated, None where there is none.
         images_in_acquisition: as written; with it `acquisition` tells whether all of them are there.
-        concatenation: UID and total number of parts where the object is one of several, or None.
+        concatenation: where the object is one of several that hold one image, or None.
+        kernel: ConvolutionKernel, and whether ImageType begins with DERIVED: one volume is made in one way.
+        stamp: size and time of the file when it was read.
         description: SeriesDescription; free text that may name a patient, to be matched and never to be shown unasked.
         facts: geometry, rescaling and contrast of this frame.
     """
@@ -107,9 +121,11 @@ class SliceHeader:
     has_modality_lut: bool
     images_in_acquisition: float | None
     acquisition: float | None
-    concatenation: tuple[str, int | None] | None
+    concatenation: Part | None
+    kernel: tuple[str, bool]
     pixel_bytes: int | None
     facts: FrameFacts
+    stamp: list[int] = field(compare=False)
 
     @property
     def is_enhanced(self) -> bool:
@@ -174,8 +190,9 @@ def read_headers(path: Path) -> list[SliceHeader]:
             # On its own: these sequences may be of any length, and must be read whole.
             sequences = read_dataset(path, (*FRAME_SEQUENCES, *RESCALE), None, stop_before_pixels=True)
             groups = items(sequences, "PerFrameFunctionalGroupsSequence")
+            if groups is not None and len(groups) > MAX_FRAMES:
+                raise Refusal("too_large", f"An image object describes {len(groups)} frames, far beyond a volume.")
         name, patient_id = _raw(dataset, "PatientName"), _raw(dataset, "PatientID")
-        part = uid(dataset, "ConcatenationUID")
         syntax = uid(dataset.file_meta, "TransferSyntaxUID") or ""
         header = SliceHeader(
             path=path,
@@ -208,9 +225,11 @@ def read_headers(path: Path) -> list[SliceHeader]:
             has_modality_lut="ModalityLUTSequence" in dataset,
             images_in_acquisition=hint(dataset, "ImagesInAcquisition"),
             acquisition=hint(dataset, "AcquisitionNumber"),
-            concatenation=None if part is None else (part, integer(dataset, "InConcatenationTotalNumber")),
+            concatenation=_part(dataset),
+            kernel=(word(dataset, "ConvolutionKernel"), words(dataset, "ImageType")[:1] == ("DERIVED",)),
             pixel_bytes=_pixel_bytes(dataset, path),
             facts=root_facts(dataset, B_VALUES),
+            stamp=stamp(path),
         )
         if groups is None:
             return [header]
@@ -225,9 +244,18 @@ def _raw(dataset: FileDataset, keyword: str) -> bytes:
     return raw.strip(b"\0 ").rstrip(b"^")
 
 
+def _part(dataset: FileDataset) -> Part | None:
+    concatenation = uid(dataset, "ConcatenationUID")
+    if concatenation is None:
+        return None
+    total = integer(dataset, "InConcatenationTotalNumber")
+    return Part(concatenation, total, integer(dataset, "ConcatenationFrameOffsetNumber"))
+
+
 def _is_mosaic(dataset: FileDataset) -> bool:
     tiles = private_number(dataset, SIEMENS_MOSAIC, "SIEMENS MR HEADER")
-    return "MOSAIC" in words(dataset, "ImageType") or (tiles is not None and tiles > 1)
+    # VFRAME: the same of United Imaging.
+    return not {"MOSAIC", "VFRAME"}.isdisjoint(words(dataset, "ImageType")) or (tiles is not None and tiles > 1)
 
 
 def _pixel_bytes(dataset: FileDataset, path: Path) -> int | None:

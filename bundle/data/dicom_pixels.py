@@ -13,9 +13,10 @@ from pydicom.dataset import FileDataset
 from pydicom.pixels import pixel_array
 
 from ..errors import Refusal
+from .codestream import codestream_facts, frame_spans
 from .decoder import decode_frames
 from .dicom_header import SliceHeader
-from .dicom_tags import quiet_pydicom, read_dataset
+from .dicom_tags import quiet_pydicom, read_dataset, stamp
 from .stored_bits import Stored, holds_more, stored_values
 
 __all__ = ["Pixels", "read_pixels"]
@@ -30,13 +31,14 @@ LEAST_HU = -1024.0
 
 
 class Pixels(NamedTuple):
-    """Values of a series: (X, Y, Z) float32 (columns, rows, slices), and how many of them are padding."""
+    """Values of a series: (X, Y, Z) float32 (columns, rows, slices); how many are padding; whether compression lost."""
 
     array: NDArray[np.float32]
     padding: int
+    lossy: bool
 
 
-def read_pixels(headers: Sequence[SliceHeader]) -> Pixels:
+def read_pixels(headers: Sequence[SliceHeader], accept_lossy: bool = True) -> Pixels:
     """Decode the slices in the order given.
 
     Value = stored · RescaleSlope + RescaleIntercept of the same slice; without the two tags the stored value itself.
@@ -49,22 +51,29 @@ def read_pixels(headers: Sequence[SliceHeader]) -> Pixels:
 
     Args:
         headers: checked images of one series, ordered.
+        accept_lossy: whether compression with loss is accepted, declared or seen in the compressed pixels.
 
     Raises:
-        Refusal: `pixel_data_corrupt`, `decode_limit`, `decoder_unavailable`, `file_changed`, `mixed_pixel_format`,
-            `bad_values`, `only_padding`.
+        Refusal: `lossy`, `pixel_data_corrupt`, `decode_limit`, `decoder_unavailable`, `file_changed`,
+            `mixed_pixel_format`, `bad_values`, `only_padding`.
     """
     columns, rows = headers[0].columns or 0, headers[0].rows or 0
     values = np.empty((columns, rows, len(headers)), dtype=np.float32, order="F")
     layouts = {(h.bits_allocated, h.bits_stored, h.high_bit) for h in headers}
-    padded = 0
+    padded, lossy = 0, any(h.lossy for h in headers)
     for path in dict.fromkeys(h.path for h in headers):
         places = [k for k, h in enumerate(headers) if h.path == path]
-        for k, (stored, padding, stray) in zip(places, _read_file([headers[k] for k in places]), strict=True):
+        images = [headers[k] for k in places]
+        lost = _loses(images)
+        lossy = lossy or lost
+        if lossy and not accept_lossy:
+            raise Refusal("lossy", "The pixels are compressed with loss, which this task does not accept.")
+        for k, (stored, padding, stray) in zip(places, _read_file(images), strict=True):
             if stray and len(layouts) > 1:
                 raise _mixed_format()
             values[:, :, k] = _rescaled(stored, headers[k])
-            padding |= _blurred_padding(values[:, :, k].T, padding, headers[k])
+            if lost or headers[k].lossy:
+                padding |= _blurred_padding(values[:, :, k].T, padding, headers[k])
             if padding.any():
                 padded += int(padding.sum())
                 values[:, :, k][padding.T] = np.nan
@@ -72,7 +81,24 @@ def read_pixels(headers: Sequence[SliceHeader]) -> Pixels:
         if padded == values.size:
             raise Refusal("only_padding", "Every pixel is marked as padding (PixelPaddingValue); nothing was measured.")
         values[np.isnan(values)] = np.nanmin(values)
-    return Pixels(values, padded)
+    return Pixels(values, padded, lossy)
+
+
+def _loses(headers: Sequence[SliceHeader]) -> bool:
+    """Whether the compressed pixels of one file say that they lost something, whatever the header declares."""
+    first = headers[0]
+    if not first.is_encapsulated:
+        return False
+    with quiet_pydicom():
+        pixels = bytes(read_dataset(first.path, ("PixelData",), None).get("PixelData", b""))
+    try:
+        for span in frame_spans(pixels, first.frames, first.transfer_syntax):
+            facts = codestream_facts(b"".join(pixels[start:end] for start, end in span), first.transfer_syntax)
+            if facts is not None and facts.lossy:
+                return True
+    except ValueError:  # damaged, which decoding will say
+        return False
+    return False
 
 
 def _rescaled(stored: Stored, header: SliceHeader) -> NDArray[np.float64]:
@@ -85,7 +111,7 @@ def _rescaled(stored: Stored, header: SliceHeader) -> NDArray[np.float64]:
 
 
 def _blurred_padding(values: NDArray[np.float32], padding: NDArray[np.bool_], header: SliceHeader) -> NDArray[np.bool_]:
-    if not (header.lossy and header.modality == "CT" and padding.any() and values[padding].max() < LEAST_HU):
+    if not (header.modality == "CT" and padding.any() and values[padding].max() < LEAST_HU):
         return padding
     return values < LEAST_HU
 
@@ -104,7 +130,7 @@ def _read_file(headers: Sequence[SliceHeader]) -> Iterator[tuple[Stored, NDArray
     with quiet_pydicom():
         dataset = read_dataset(first.path, PIXEL_TAGS, None)
         same = (str(dataset.get("SOPInstanceUID", "")).strip("\0 "), dataset.get("Rows"), dataset.get("Columns"))
-        if same != (first.sop_uid, first.rows, first.columns):
+        if same != (first.sop_uid, first.rows, first.columns) or stamp(first.path) != first.stamp:
             raise Refusal("file_changed", "A DICOM file changed while it was being read; read the folder again.")
         limits = [
             _padding(dataset, k, first.bits_allocated or 0) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")

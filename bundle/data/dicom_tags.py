@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import math
 import os
 import re
 import threading
@@ -17,6 +19,7 @@ import pydicom
 import pydicom.config
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from ..errors import Refusal
@@ -32,6 +35,7 @@ __all__ = [
     "quiet_pydicom",
     "read_dataset",
     "required_uid",
+    "stamp",
     "uid",
     "unreadable",
     "word",
@@ -40,8 +44,12 @@ __all__ = [
 
 # A deflated file can unpack to a thousand times its size; one single-frame image of 4096² voxels needs 64 MiB.
 MAX_INFLATED_BYTES = 2**28
-# A file of nothing but empty elements takes minutes a gigabyte. 4000 frames of a scanner need a tenth of this.
-MAX_READS = 6_000_000
+# A file of nothing but empty elements takes minutes a gigabyte. 4000 frames of a scanner need a third of this.
+MAX_READS = 2_000_000
+# Items of one sequence: frames, directory records, and what else comes in many.
+MAX_ITEMS = 100_000
+ITEM = b"\xfe\xff\x00\xe0"
+PIXEL_DATA = 0x7FE00010
 UID_PATTERN = re.compile(r"[0-9.]{1,64}")
 _pydicom_lock = threading.RLock()
 
@@ -76,6 +84,12 @@ def quiet_pydicom() -> Iterator[None]:
             logger.removeFilter(silence)
 
 
+def stamp(path: Path) -> list[int]:
+    """What changes when a file is written: size in bytes, and time in nanoseconds."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def unreadable(**facts: Any) -> Refusal:
     """The refusal of a file that should be DICOM and is not."""
     return Refusal(
@@ -87,21 +101,48 @@ def unreadable(**facts: Any) -> Refusal:
 
 
 class _CountedFile:
-    """A file that ends the parsing of a header that never ends."""
+    """A file, or bytes unpacked from one, that ends the parsing of a header that never ends."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.reads = file, 0
-        self.seek, self.tell, self.name = file.seek, file.tell, file.name
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.file, self.name, self.reads = file, name, 0
+        self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
         self.reads += 1
         if self.reads > MAX_READS:
-            raise Refusal(
-                "too_large",
-                "A DICOM file holds millions of tags, far beyond one image: it is damaged or not what it says.",
-                limit_reads=MAX_READS,
-            )
+            raise _endless()
         return self.file.read(size)
+
+
+def _endless() -> Refusal:
+    return Refusal(
+        "too_large",
+        "A DICOM file holds far more tags than any image: it is damaged or not what it says.",
+        limit_reads=MAX_READS,
+    )
+
+
+class _Elements:
+    """Looks at each element at the top of a dataset before pydicom reads it.
+
+    pydicom keeps the last of two elements of one tag, and other programs the first.
+    """
+
+    def __init__(self, wanted: Sequence[str | int], stop_before_pixels: bool) -> None:
+        self.wanted = {int(pydicom.tag.Tag(tag)) for tag in wanted}
+        self.stop_before_pixels = stop_before_pixels
+        self.seen: set[int] = set()
+
+    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
+        number = int(tag)
+        if number in self.wanted and number in self.seen:
+            raise Refusal(
+                "bad_tag",
+                f"The DICOM tag {pydicom.datadict.keyword_for_tag(number) or tag} stands twice in at least one image.",
+                tag=str(tag),
+            )
+        self.seen.add(number)
+        return self.stop_before_pixels and number == PIXEL_DATA
 
 
 def read_dataset(
@@ -116,43 +157,59 @@ def read_dataset(
         stop_before_pixels: end where the pixel data begin.
 
     Raises:
-        Refusal: `unreadable_file`, or `too_large` for a deflated file that unpacks beyond 256 MiB, or for a header of
-            millions of tags.
+        Refusal: `unreadable_file`; `too_large` for a deflated file that unpacks beyond 256 MiB, or for a header of
+            millions of tags; `bad_tag` where one of the tags stands twice.
     """
+    look = _Elements(tags, stop_before_pixels)
+    numbers: list[BaseTag | int] = [pydicom.tag.Tag(tag) for tag in tags]
     try:
-        meta = pydicom.filereader.read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            _check_inflated_size(path, 144 + int(meta.FileMetaInformationGroupLength))
         with path.open("rb") as file:
-            counted: Any = _CountedFile(file)
-            return pydicom.dcmread(
-                counted,
-                specific_tags=list(tags),  # type: ignore[arg-type] # keywords and numbers may be mixed
-                defer_size=defer_size,
-                stop_before_pixels=stop_before_pixels,
-                force=False,
+            meta = pydicom.filereader.read_file_meta_info(path)
+            if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+                counted: Any = _CountedFile(io.BytesIO(_inflated(file)), str(path))
+                dataset = pydicom.filereader.read_dataset(
+                    counted, False, True, stop_when=look, defer_size=defer_size, specific_tags=numbers
+                )
+                # Nothing that was deferred can be read later: places in the file are not those in what it unpacks to.
+                nowhere = io.BytesIO()
+                return FileDataset(nowhere, dataset, file_meta=meta, is_implicit_VR=False, is_little_endian=True)
+            counted = _CountedFile(file, str(path))
+            return pydicom.filereader.read_partial(
+                counted, stop_when=look, defer_size=defer_size, force=False, specific_tags=numbers
             )
     except (Refusal, MemoryError):
         raise
+    except OSError as error:
+        raise Refusal("unreadable", "A file of the scan cannot be opened; look at its permissions.") from error
     except Exception as error:  # pydicom raises a dozen types on damaged files; none may pass for anything else
         raise unreadable() from error
 
 
-def _check_inflated_size(path: Path, start: int) -> None:
-    inflater, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(1 << 16):
-            while chunk:
-                total += len(inflater.decompress(chunk, 1 << 20))
-                chunk = inflater.unconsumed_tail
-                if total > MAX_INFLATED_BYTES:
-                    raise Refusal(
-                        "too_large",
-                        f"A deflated DICOM file unpacks to more than {MAX_INFLATED_BYTES >> 20} MiB, far beyond one "
-                        "image: it is damaged or not what it says.",
-                        limit_bytes=MAX_INFLATED_BYTES,
-                    )
+def _inflated(file: BinaryIO) -> bytes:
+    """What follows the file meta group of a deflated file, unpacked within bounds."""
+    file.seek(132)
+    while True:  # the group's own length may lie, so its elements are walked through
+        place = file.tell()
+        head = file.read(8)
+        if len(head) < 8 or head[:2] != b"\x02\x00":
+            break
+        if head[4:6] in (b"OB", b"OW", b"SQ", b"UN", b"UT"):
+            length = int.from_bytes(file.read(4), "little")
+        else:
+            length = int.from_bytes(head[6:8], "little")
+        file.seek(length, os.SEEK_CUR)
+    file.seek(place)
+    inflater, unpacked = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
+    while not inflater.eof and (chunk := inflater.unconsumed_tail or file.read(1 << 16)):
+        unpacked += inflater.decompress(chunk, 1 << 20)
+        if len(unpacked) > MAX_INFLATED_BYTES:
+            raise Refusal(
+                "too_large",
+                f"A deflated DICOM file unpacks to more than {MAX_INFLATED_BYTES >> 20} MiB, far beyond one "
+                "image: it is damaged or not what it says.",
+                limit_bytes=MAX_INFLATED_BYTES,
+            )
+    return bytes(unpacked)
 
 
 def _value(dataset: Dataset, keyword: str) -> Any:
@@ -176,7 +233,10 @@ def numbers(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...] | N
     if value is None or (isinstance(value, (str, bytes)) and not value):
         return None
     try:
-        found = tuple(float(v) for v in (value if isinstance(value, MultiValue) else [value]))
+        values = list(value) if isinstance(value, MultiValue) else [value]
+        if any("_" in str(getattr(v, "original_string", v)) for v in values):
+            raise _bad_tag(keyword)  # 1_5 is a number to Python alone
+        found = tuple(float(v) for v in values)
     except (TypeError, ValueError) as error:
         raise _bad_tag(keyword) from error
     if found and len(found) != count:
@@ -191,11 +251,12 @@ def number(dataset: Dataset, keyword: str) -> float | None:
 
 
 def hint(dataset: Dataset, keyword: str) -> float | None:
-    """As `number`, but None for a bad value too: for tags whose faults must not refuse a good series."""
+    """As `number`, but None for a bad value or NaN too: for tags whose faults must not refuse a good series."""
     try:
-        return number(dataset, keyword)
+        found = number(dataset, keyword)
     except Refusal:
         return None
+    return found if found is not None and math.isfinite(found) else None
 
 
 def items(dataset: Dataset, keyword: str) -> list[Dataset] | None:
@@ -204,6 +265,10 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset] | None:
     Raises:
         Refusal: `bad_tag` where it cannot be parsed.
     """
+    element: Any = dataset.get_item(keyword) if keyword in dataset else None
+    packed = getattr(element, "value", None)
+    if isinstance(packed, bytes) and packed.count(ITEM) > MAX_ITEMS:
+        raise _endless()
     value = _value(dataset, keyword)
     if value is None:
         return None
@@ -231,8 +296,8 @@ def private_number(dataset: Dataset, tag: int, creator: str) -> float | None:
         value: Any = dataset[tag].value
         if isinstance(value, bytes):
             value = value.decode("ascii").strip("\0 ").split("\\")
-        first = value[0] if isinstance(value, (MultiValue, list)) else value
-        return float(first)
+        first = float(value[0] if isinstance(value, (MultiValue, list)) else value)
+        return first if math.isfinite(first) else None
     except Exception:  # whatever it is, it is no number; it only helps to name a reason
         return None
 

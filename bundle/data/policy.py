@@ -93,8 +93,9 @@ class ReaderPolicy:
             resample: each slice is shifted in its plane (linear, itk) to an upright stack; refuse.
         max_tilt_degrees: absolute, degrees. Gantries tilt to 30°; beyond 35° the positions are wrong, not tilted.
         accept_lossy: true: lossy compressed DICOM is read, and provenance says so; false: it is refused.
-        n4_bias_correction: MR only: correct the slow change of brightness of surface coils by N4 (Tustison et al.
-            2010, itk). 2 to 5 s for 256 × 256 × 24 voxels on one core, and some seconds once to load itk.
+        n4_bias_correction: MR only (of image files, which say no modality, where `modalities` is [MR] alone): correct
+            the slow change of brightness of surface coils by N4 (Tustison et al. 2010, itk). 2 to 5 s for 256 × 256 ×
+            24 voxels on one core, and some seconds once to load itk.
         affine_tolerance_mm: absolute, mm, at the farthest corner. How far a NIfTI file's sform and qform, or the
             affines of two modalities stacked as channels, may disagree. Their float32 rounding is below 0.001 mm.
         voxel_size_tolerance_relative: how far the voxel size in a NIfTI header may differ from the length of the
@@ -127,6 +128,7 @@ class ReaderPolicy:
         if self.modalities is None:
             raise InputError(f"{where}: modalities must be a list such as [CT, MR]")
         _words(self, "modalities", where)
+        object.__setattr__(self, "modalities", tuple(modality.upper() for modality in self.modalities))
         _range(self, "spacing_range_mm", where)
         if not self.spacing_range_mm[0] > 0:
             raise InputError(f"{where}: spacing_range_mm must be (low, high) in mm, got {self.spacing_range_mm}")
@@ -147,6 +149,8 @@ class ReaderPolicy:
         for name in ("trust_image_counts", "accept_lossy", "n4_bias_correction"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{where}: {name} must be true or false, got {getattr(self, name)!r}")
+        if self.min_slices > self.max_slices:
+            raise InputError(f"{where}: min_slices ({self.min_slices}) is above max_slices ({self.max_slices})")
         if self.gantry_tilt not in TILT_CHOICES:
             raise InputError(f"{where}: gantry_tilt must be {', '.join(TILT_CHOICES)}, got {self.gantry_tilt!r}")
         if not isinstance(self.series, SeriesRules):

@@ -89,7 +89,10 @@ def find_scans(
 
     scans: list[Scan] = []
     ignored = 0
-    found = [_sorted_out(directory, files) for directory, files in walk(folder)]
+    try:
+        found = [_sorted_out(directory, files) for directory, files in walk(folder)]
+    except OSError as error:
+        raise InputError(f"a folder below {folder} cannot be read ({type(error).__name__})") from error
     for one in found:
         cases, passed_over = _image_cases(one, channel_files)
         scans += cases
@@ -172,15 +175,17 @@ def _study_cases(found: Sequence[_Folder]) -> list[Scan]:
         here = {path: uid_of(path, "StudyInstanceUID") for path in one.dicom if path.is_file()}
         known = {uid for uid in here.values() if uid is not None}
         patterns = {name_pattern(path) for path in here}
+        names = {path.name for path in (*one.images, *one.dicom, *one.ignored)}
         lost = [path for path in one.dicom if here.get(path) is None]
-        lost += [path for path in one.ignored if one.dicom and path.is_file() and is_damaged_dicom(path, patterns)]
+        junk = [path for path in one.ignored if one.dicom and path.is_file() and not has_dicom_content(path)]
+        lost += [path for path in junk if is_damaged_dicom(path, patterns, names)]
         for path, uid in here.items():
             if uid is not None:
                 studies.setdefault(uid, []).append(path)
-        # A file that does not tell its study belongs to the one around it; among several, it is a case of its own.
-        if len(known) == 1:
-            studies[known.pop()] += lost
-        else:
+        # A file that does not tell its study may belong to any of those around it, which are then all refused.
+        for uid in known:
+            studies[uid] += lost
+        if not known:
             scans += [Scan(path, DicomFiles((path,))) for path in lost]
     for uid, paths in studies.items():
         scans.append(Scan(Path(os.path.commonpath([path.parent for path in paths])), DicomFiles(tuple(paths)), uid))

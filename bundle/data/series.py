@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError, Refusal, command_line
 from .dicom_checks import check_images, check_one_series
 from .dicom_copies import drop_copies
-from .dicom_files import DicomFiles, has_dicom_content, looks_like_dicom, walk
+from .dicom_files import DicomFiles, files_below, has_dicom_content, looks_like_dicom
 from .dicom_gaps import check_extent, truncated
 from .dicom_geometry import arrange
 from .dicom_header import SliceHeader
@@ -46,20 +46,30 @@ def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = Non
         The volume.
 
     Raises:
-        InputError: the path does not exist.
+        InputError: `channels` is no number.
         Refusal: everything else that is not one uniform volume; docs/reader.md explains the codes. Sentences and facts
             hold no tag value that could identify anyone, and no path.
     """
     policy = policy or ReaderPolicy()
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise InputError(f"channels must be a whole number of at least 1, got {channels!r}")
+    try:
+        return _corrected(_read(path, policy, channels), policy)
+    except OSError as error:  # whose own words name the path, which may name the patient
+        raise Refusal(
+            "unreadable",
+            f"The scan cannot be read ({type(error).__name__}); look at its permissions and at the disk.",
+        ) from error
+
+
+def _read(path: str | Path | DicomFiles, policy: ReaderPolicy, channels: int) -> Volume:
     if isinstance(path, DicomFiles):
-        return _corrected(_read_dicom(path.paths, policy, channels), policy)
+        return _read_dicom(path.paths, policy, channels)
     path = Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"{path} does not exist")
+        raise Refusal("missing_file", "The scan does not exist: its file or folder was moved or never copied.")
     if path.is_dir():
-        volume = _read_dicom(_files_below(path), policy, channels)
+        volume = _read_dicom(files_below(path), policy, channels)
     elif not path.is_file():
         raise _not_an_image()
     elif is_nifti_name(path) or has_nifti_content(path):
@@ -72,14 +82,7 @@ def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = Non
         volume = _read_dicom([path], policy, channels)
     else:
         raise _not_an_image()
-    return _corrected(volume, policy)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    try:
-        return [file for _, names in walk(folder) for file in names if file.is_file()]
-    except InputError as error:  # whose sentence names the folder, which may name the patient
-        raise Refusal("unreadable", "A folder of the scan cannot be read; look at its permissions.") from error
+    return volume
 
 
 def _not_an_image() -> Refusal:
@@ -139,7 +142,7 @@ def read_series(series: FoundSeries, policy: ReaderPolicy) -> Volume:
     _check_size(headers, policy)
     grid = arrange(headers, policy)
     ordered = [headers[i] for i in grid.order]
-    array, padding = read_pixels(ordered)
+    array, padding, lossy = read_pixels(ordered, policy.accept_lossy)
     first = ordered[0]
     return Volume(
         array=array,
@@ -155,7 +158,7 @@ def read_series(series: FoundSeries, policy: ReaderPolicy) -> Volume:
             "spacing_mm": round(grid.spacing, 4),
             "deviation_mm": round(grid.deviation, 4),
             "padding_voxels": padding,
-            "lossy": any(h.lossy for h in ordered),
+            "lossy": lossy,
             "transfer_syntaxes": sorted({h.transfer_syntax for h in ordered}),
             "copies": copies,
             "corrections": [],
@@ -193,8 +196,10 @@ def _corrected(volume: Volume, policy: ReaderPolicy) -> Volume:
     from .corrections import correct_bias, make_upright
 
     if policy.gantry_tilt == "resample" and volume.facts.get("tilt_degrees", 0.0) > 0:
-        volume = make_upright(volume)
-    if policy.n4_bias_correction and volume.modality != "CT":
+        volume = make_upright(volume, policy.max_voxels)
+    # Image files say no modality: there the task does, if it accepts nothing but MR.
+    modality = volume.modality or (policy.modalities[0] if len(policy.modalities) == 1 else None)
+    if policy.n4_bias_correction and modality == "MR":
         volume = correct_bias(volume)
     return volume
 

@@ -90,42 +90,53 @@ class FoundSeries:
 
 @dataclass(frozen=True)
 class Study:
-    """The series among some files, and how many other files there are: DICOM objects without images, and no DICOM."""
+    """The series among some files, and how many other files there are: DICOM objects without images, and no DICOM.
+
+    `damaged` are files that may be slices of any of the series, with what is wrong with them.
+    """
 
     series: list[FoundSeries]
     other_objects: int
     other_files: int
+    damaged: tuple[tuple[Path, Refusal], ...] = ()
 
 
-def find_series(files: Sequence[Path]) -> Study:
+def find_series(files: Sequence[Path], keep_damaged: bool = False) -> Study:
     """Group the DICOM images among some files by series.
 
     Args:
         files: in any order; junk may be among them.
+        keep_damaged: go on where a file may be a damaged slice of any of the series, and list it, as only someone who
+            looks may do.
 
     Raises:
         Refusal: `no_images`; `empty_file` or `unreadable_file` where a file may be a damaged slice
             of any of the series; what `read_headers` refuses where a file does not even tell its series.
     """
-    dicom, other_files = dicom_below(files)
+    dicom, other_files, damaged = dicom_below(files)
+    if damaged and not keep_damaged:
+        raise damaged[0][1]
     images: dict[str, list[SliceHeader]] = {}
-    damages: dict[str, list[Refusal]] = {}
+    damages: dict[str, list[tuple[Refusal, str | None]]] = {}
     objects: list[Path] = []
     for path in dicom:
         try:
             headers = read_headers(path)
         except Refusal as refusal:
             series = uid_of(path, "SeriesInstanceUID")
-            if series is None:
+            if series is None and not keep_damaged:
                 raise
-            damages.setdefault(series, []).append(refusal)
+            if series is None:
+                damaged.append((path, refusal))
+                continue
+            damages.setdefault(series, []).append((refusal, uid_of(path, "SOPClassUID")))
             images.setdefault(series, [])
             continue
         if not headers:
             objects.append(path)
         for header in headers:
             images.setdefault(header.series_uid, []).append(header)
-    if not images:
+    if not images and not damaged:
         raise Refusal(
             "no_images",
             "There is no DICOM image here; give the folder that holds the images of a series or study.",
@@ -137,17 +148,21 @@ def find_series(files: Sequence[Path]) -> Study:
         _described(uid, tuple(headers), damages.get(uid, []), len(listed.get(uid, set()) - there))
         for uid, headers in images.items()
     ]
-    return Study(sorted(found, key=lambda s: s.uid), len(objects), other_files)
+    return Study(sorted(found, key=lambda s: s.uid), len(objects), other_files, tuple(damaged))
 
 
-def _described(uid: str, headers: tuple[SliceHeader, ...], damages: list[Refusal], lost: int) -> FoundSeries:
+def _described(
+    uid: str, headers: tuple[SliceHeader, ...], damages: list[tuple[Refusal, str | None]], lost: int
+) -> FoundSeries:
     plane, spacing, scout = _geometry(headers)
     kind = "image"
-    if headers and all(not has_volume_class(h) or is_colour(h) for h in headers):
+    # What cannot be read still tells its class.
+    others = all(not has_volume_class(h.sop_class) or is_colour(h) for h in headers)
+    if others and all(name is not None and not has_volume_class(name) for _, name in damages):
         kind = "capture"
     elif headers and (all(map(is_localizer, headers)) or scout):
         kind = "localizer"
-    return FoundSeries(uid, headers, damages[0] if damages else None, len(damages), kind, plane, spacing, lost)
+    return FoundSeries(uid, headers, damages[0][0] if damages else None, len(damages), kind, plane, spacing, lost)
 
 
 def _geometry(headers: Sequence[SliceHeader]) -> tuple[str | None, float | None, bool]:
@@ -188,7 +203,8 @@ def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
         candidates = [s for s in wanted if s.kind == "image"]
     fitting = [s for s in candidates if fits(s, policy.series)]
     if policy.series.thinnest and len(fitting) > 1 and (known := [s.spacing for s in fitting if s.spacing]):
-        fitting = [s for s in fitting if not s.headers or (s.spacing and s.spacing <= min(known) * ALIKE)]
+        # Several images without a distance are damaged; one alone is no stack.
+        fitting = [s for s in fitting if (s.spacing <= min(known) * ALIKE if s.spacing else s.images > 1 or s.damage)]
     if len(fitting) == 1:
         return fitting[0]
     listed = "; ".join(s.words() for s in found[:LISTED]) + ("; …" if len(found) > LISTED else "")
@@ -209,7 +225,11 @@ def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
 
 
 def fits(series: FoundSeries, rules: SeriesRules) -> bool:
-    """Whether a series fits every rule but `thinnest`, which compares series; one that says nothing may fit."""
+    """Whether a series fits every rule but `thinnest`, which compares series.
+
+    Where damage hides what a rule asks for (one slice without orientation, and the plane is not known), it may fit: it
+    is then refused for its damage, and not replaced by another series.
+    """
     headers, spacing = series.headers, series.spacing
     if not headers:
         return True
@@ -219,9 +239,9 @@ def fits(series: FoundSeries, rules: SeriesRules) -> bool:
         rules.modality is None or series.modality in {m.upper() for m in rules.modality},
         rules.description is None or _like(described, rules.description),
         rules.exclude_description is None or not _like(described, rules.exclude_description),
-        rules.plane is None or series.plane == rules.plane,
+        rules.plane is None or series.plane in (None, rules.plane),
         rules.slices is None or rules.slices[0] <= series.images <= rules.slices[1],
-        rules.spacing_mm is None or (spacing is not None and rules.spacing_mm[0] <= spacing <= rules.spacing_mm[1]),
+        rules.spacing_mm is None or spacing is None or rules.spacing_mm[0] <= spacing <= rules.spacing_mm[1],
         rules.contrast is None or series.contrast == rules.contrast,
         rules.image_type is None or {w.upper() for w in rules.image_type} <= types,
         rules.exclude_image_type is None or not {w.upper() for w in rules.exclude_image_type} & types,
@@ -230,4 +250,6 @@ def fits(series: FoundSeries, rules: SeriesRules) -> bool:
 
 
 def _like(text: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text.upper(), pattern.upper()) for pattern in patterns)
+    # Square brackets mean themselves: descriptions hold them.
+    plain = [pattern.upper().replace("[", "[[]") for pattern in patterns]
+    return any(fnmatch.fnmatchcase(text.upper(), pattern) for pattern in plain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import InputError, Refusal
-from .dicom_files import walk
+from ..errors import InputError, Refusal, input_error_behind
+from .dicom_files import files_below
 from .metaimage import is_metaimage_name
 from .nifti import is_nifti_name
 from .nrrd import is_nrrd_name
@@ -49,7 +50,9 @@ def list_series(
     folder = Path(folder).expanduser()
     if not folder.exists():
         raise InputError(f"{folder} does not exist")
-    files = [file for _, names in walk(folder) for file in names if file.is_file()] if folder.is_dir() else [folder]
+    if not folder.is_dir() and not folder.is_file():
+        raise InputError(f"{folder} is neither a folder nor a file")
+    files = files_below(folder) if folder.is_dir() else [folder]
     others = [path for path in files if is_nifti_name(path) or is_metaimage_name(path) or is_nrrd_name(path)]
     study, choice, chosen = _studied([path for path in files if path not in set(others)], policy, bool(others))
     hidden = None if progress else True  # None: hidden where the screen is a file
@@ -58,28 +61,40 @@ def list_series(
     for series in tqdm(study.series, "reading series", disable=hidden, unit="series", leave=False):
         row = series.facts() | _verdict(lambda s=series: read_series(s, alone), series is chosen)
         if descriptions:
-            row["description"] = series.headers[0].description if series.headers else ""
+            row["description"] = _printable(series.headers[0].description) if series.headers else ""
         rows.append(row)
     for path in tqdm(others, "reading files", disable=hidden, unit="file", leave=False):
-        row = {"file": path.name, "images": None, "plane": None, "modality": None}
+        row = {"file": _printable(path.name), "images": None, "plane": None, "modality": None}
         rows.append(row | _verdict(lambda p=path: _any_channels(p, alone), False))
     return {
         "series": rows,
         "choice": None if choice is None else {"reason_code": choice.code, "reason": choice.sentence},
         "other_objects": study.other_objects,
         "other_files": study.other_files,
+        "damaged_files": [
+            {"file": _printable(path.name), "reason_code": refusal.code, "reason": refusal.sentence}
+            for path, refusal in study.damaged
+        ],
     }
+
+
+def _printable(text: str) -> str:
+    """Text that a terminal shows and does not obey."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(shown).encode("utf-8", "backslashreplace").decode()
 
 
 def _studied(
     files: Sequence[Path], policy: ReaderPolicy, may_be_none: bool
 ) -> tuple[Study, Refusal | None, FoundSeries | None]:
     try:
-        study = find_series(files)
+        study = find_series(files, keep_damaged=True)
     except Refusal as refusal:
         if refusal.code != "no_images" or not may_be_none:
             raise
         return Study([], 0, len(files)), None, None
+    if study.damaged:
+        return study, study.damaged[0][1], None
     try:
         return study, None, choose_series(study, policy)
     except Refusal as refusal:
@@ -129,6 +144,7 @@ def _table(found: dict[str, Any]) -> str:
     lines.append(
         f"beside them: {found['other_objects']} DICOM objects without images, {found['other_files']} other files"
     )
+    lines += [f"damaged: {row['file']} ({row['reason_code']})" for row in found["damaged_files"]]
     if found["choice"]:
         lines.append(f"as one case this is refused: {found['choice']['reason']} ({found['choice']['reason_code']})")
     return "\n".join(lines)
@@ -140,14 +156,21 @@ def _policy(config_files: Sequence[str] | None) -> ReaderPolicy:
         return ReaderPolicy()
     from monai.bundle import ConfigParser
 
+    names = ", ".join(config_files)
     for file in config_files:
         if not Path(file).is_file():
             raise InputError(f"there is no config file {file}")
-    parser = ConfigParser()
-    parser.read_config(list(config_files))
-    if "reader_policy" not in parser:
-        raise InputError(f"{', '.join(config_files)}: no reader_policy in it; give configs/train.yaml first")
-    policy: ReaderPolicy = parser.get_parsed_content("reader_policy")
+    try:
+        parser = ConfigParser()
+        parser.read_config(list(config_files))
+        policy = parser.get_parsed_content("reader_policy") if "reader_policy" in parser else None
+    except Exception as error:  # MONAI and PyYAML raise a dozen types for what is no config
+        cause = input_error_behind(error)
+        raise InputError(f"{names}: reader_policy cannot be made from it: {cause or type(error).__name__}") from error
+    if not isinstance(policy, ReaderPolicy):
+        raise InputError(
+            f"{names}: no reader_policy in it, or one that is no bundle.ReaderPolicy; give configs/train.yaml first"
+        )
     return policy
 
 
@@ -158,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line; by default that of the process.
 
     Returns:
-        0 where every series can be read and the rules leave one; 3 where something is refused.
+        0 where every series can be read and the rules leave one; 3 where something is refused (2: nothing to list).
 
     Raises:
         InputError: no such folder, or nothing to list in it.
@@ -169,7 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "why. Pixels are read too, so a verdict is what training and inference would meet.",
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder with DICOM or image files, or one file")
-    parser.add_argument("--config_file", nargs="+", help="take reader_policy (limits, series rules) from these configs")
+    parser.add_argument(
+        "--config_file",
+        action="append",
+        help="take reader_policy (limits, series rules) from this config; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with the UIDs of the series")
     parser.add_argument(
         "--descriptions", action="store_true", help="show SeriesDescription: free text in which a patient may be named"
@@ -177,6 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     policy = _policy(given.config_file)
     found = list_series(given.folder, policy, descriptions=given.descriptions, progress=not given.json)
-    print(json.dumps(found, indent=2) if given.json else _table(found))
-    refused = found["choice"] is not None or any(row["verdict"] == "refused" for row in found["series"])
+    text = json.dumps(found, indent=2) if given.json else _table(found)
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    refused = (
+        found["choice"] is not None
+        or bool(found["damaged_files"])
+        or any(row["verdict"] == "refused" for row in found["series"])
+    )
     return 3 if refused else 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
@@ -199,6 +200,17 @@ def directory_of(folder: Path, slices: list[Dataset], names: list[str]) -> None:
         image.ReferencedTransferSyntaxUIDInFile = "1.2.840.10008.1.2.1"
         image.InstanceNumber = one.InstanceNumber
     ds.DirectoryRecordSequence = records
+    factory.save(ds, folder / "DICOMDIR")
+    # Offsets are of fixed width, so records stay where they are when these are filled in.
+    levels = ["PATIENT", "STUDY", "SERIES", "IMAGE"]
+    places = [r.seq_item_tell for r in pydicom.dcmread(folder / "DICOMDIR").DirectoryRecordSequence]
+    depths = [levels.index(record.DirectoryRecordType) for record in records]
+    for k, record in enumerate(records):
+        later = [j for j in range(k + 1, len(records)) if depths[j] <= depths[k]]
+        if later and depths[later[0]] == depths[k]:
+            record.OffsetOfTheNextDirectoryRecord = places[later[0]]
+        if k + 1 < len(records) and depths[k + 1] > depths[k]:
+            record.OffsetOfReferencedLowerLevelDirectoryEntity = places[k + 1]
     factory.save(ds, folder / "DICOMDIR")
 
 

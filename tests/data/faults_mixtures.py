@@ -200,7 +200,7 @@ MIXTURE_FAULTS = build(
           series(change=doubled(private_b(1000), private_b(0))), slices=2 * COUNT, only="MR"),
     fault("two tube voltages at every place", "repeated_position", series(change=doubled(put(KVP=80))),
           slices=2 * COUNT, only="CT"),
-    fault("two kernels at every place", "repeated_position", series(change=doubled(put(ConvolutionKernel="BONE"))),
+    fault("two kernels at every place", "several_image_types", series(change=doubled(put(ConvolutionKernel="BONE"))),
           slices=2 * COUNT,
           only="CT"),
     fault("original and reformatted at every place", "several_image_types|repeated_position",

@@ -195,7 +195,16 @@ def test_the_list_on_the_command_line(study: Path, tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text("reader_policy::series::thinnest: true\nreader_policy::gantry_tilt: refuse\n")
     run = subprocess.run(
-        [sys.executable, "-m", "bundle.data.series", study, "--config_file", "configs/train.yaml", rules],
+        [
+            sys.executable,
+            "-m",
+            "bundle.data.series",
+            study,
+            "--config_file",
+            "configs/train.yaml",
+            "--config_file",
+            rules,
+        ],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
