@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 
 from ..errors import Refusal
 from .decoder_process import MAX_FRAME_PIXELS, REQUEST_FRAMES, corrupt, limit
-from .dicom_tags import stamp, unreadable
+from .dicom_parse import (
+    stamp,
+    unreadable,
+)
 
 __all__ = ["decode_frames"]
 

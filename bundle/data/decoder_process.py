@@ -22,7 +22,17 @@ from pydicom.uid import JPEGExtended12Bit
 
 from ..errors import Refusal
 from .codestream import CodestreamFacts, codestream_facts, disagreement, frame_spans
-from .dicom_tags import integer, known, quiet_pydicom, read_dataset, stamp, uid, word
+from .dicom_parse import (
+    quiet_pydicom,
+    read_dataset,
+    stamp,
+)
+from .dicom_tags import (
+    integer,
+    known,
+    uid,
+    word,
+)
 from .stored_bits import holds_more, stored_values
 
 __all__ = ["MAX_FRAME_PIXELS", "REQUEST_FRAMES", "corrupt", "limit", "serve"]

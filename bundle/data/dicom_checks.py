@@ -10,7 +10,12 @@ from pydicom.pixels import get_decoder
 from ..errors import Refusal
 from .dicom_contrast import check_one_contrast
 from .dicom_header import CT_IMAGE, ENHANCED, MR_IMAGE, SliceHeader
-from .dicom_tags import known, quiet_pydicom
+from .dicom_parse import (
+    quiet_pydicom,
+)
+from .dicom_tags import (
+    known,
+)
 from .policy import ReaderPolicy
 
 __all__ = ["check_images", "check_one_series", "has_volume_class", "is_colour", "is_localizer", "known_modality"]

@@ -10,8 +10,11 @@ from typing import Any
 
 from ..errors import Refusal
 from .dicom_header import SliceHeader
+from .dicom_parse import (
+    quiet_pydicom,
+    read_dataset,
+)
 from .dicom_pixels import PIXEL_TAGS
-from .dicom_tags import quiet_pydicom, read_dataset
 
 __all__ = ["drop_copies"]
 

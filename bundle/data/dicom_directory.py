@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import Refusal
-from .dicom_tags import integer, items, quiet_pydicom, read_dataset, uid, word
+from .dicom_parse import (
+    quiet_pydicom,
+    read_dataset,
+)
+from .dicom_tags import (
+    integer,
+    items,
+    uid,
+    word,
+)
 
 __all__ = ["listed_images"]
 

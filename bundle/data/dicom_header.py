@@ -13,18 +13,20 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from ..errors import Refusal
 from .dicom_frames import FRAME_SEQUENCES, FrameFacts, frame_facts, root_facts
+from .dicom_parse import (
+    quiet_pydicom,
+    read_dataset,
+    stamp,
+    unreadable,
+)
 from .dicom_tags import (
     hint,
     integer,
     items,
     known,
     private_number,
-    quiet_pydicom,
-    read_dataset,
     required_uid,
-    stamp,
     uid,
-    unreadable,
     word,
     words,
 )

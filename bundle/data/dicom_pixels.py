@@ -16,7 +16,11 @@ from ..errors import Refusal
 from .codestream import codestream_facts, frame_spans
 from .decoder import decode_frames
 from .dicom_header import SliceHeader
-from .dicom_tags import quiet_pydicom, read_dataset, stamp
+from .dicom_parse import (
+    quiet_pydicom,
+    read_dataset,
+    stamp,
+)
 from .stored_bits import Stored, holds_more, stored_values
 
 __all__ = ["Pixels", "read_pixels"]

@@ -14,8 +14,11 @@ from ..errors import Refusal
 from .dicom_checks import has_volume_class, is_colour, is_localizer, known_modality
 from .dicom_directory import listed_images
 from .dicom_files import dicom_below
-from .dicom_geometry import is_scout, planes_of
 from .dicom_header import SliceHeader, read_headers, uid_of
+from .dicom_planes import (
+    is_scout,
+    planes_of,
+)
 from .policy import PLANES, ReaderPolicy, SeriesRules
 
 __all__ = ["FoundSeries", "Study", "choose_series", "find_series"]

@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import InputError, Refusal
-from .orientation import AXIS_CODES, SLICING_AXES, SLICING_DIMENSION, nearest_axes, plane_of
+from .orientation import (
+    AXIS_CODES,
+    LEAN_DEGREES,
+    SLICING_AXES,
+    SLICING_DIMENSION,
+    lean,
+    nearest_axes,
+    plane_of,
+    slice_axes,
+)
 
 __all__ = [
     "AddNeighboursd",
@@ -30,8 +39,6 @@ __all__ = [
     "take_slices",
 ]
 
-# Degrees, absolute: below it axes count as at right angles, as in the reader's policy; 0.2 mm over a field of 250 mm.
-LEAN_DEGREES = 0.05
 # What a bag holds once a slice; every draw and drop takes the same slices from each.
 SLICE_FIELDS = ("image", "slice_index", "slice_position", "slice_label", "slice_uid", "slice_frame")
 
@@ -70,29 +77,12 @@ class _SlicingTransform(_KeysTransform):
         self.slicing_axis = slicing_axis
 
 
-def _lean(affine: np.ndarray) -> float:
-    """How far the axes are from right angles to each other, in degrees."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    cosines = np.abs(directions.T @ directions)[np.triu_indices(3, 1)]
-    return float(np.degrees(np.arcsin(min(1.0, cosines.max()))))
-
-
-def _slice_axes(affine: np.ndarray) -> np.ndarray:
-    """The affine with the normal of the slices as its third axis: what tells their plane where the stack leans."""
-    if _lean(affine) <= LEAN_DEGREES:
-        return affine
-    upright = affine.copy()
-    normal = np.cross(affine[:3, 0], affine[:3, 1])
-    upright[:3, 2] = normal * np.sign(normal @ affine[:3, 2])
-    return upright
-
-
 def _sheared(affine: np.ndarray, what: str) -> Refusal:
     return Refusal(
         "sheared_slices",
-        f"The slices are stacked {_lean(affine):.1f}° askew (gantry tilt), so {what}; set the reader's gantry_tilt to "
+        f"The slices are stacked {lean(affine):.1f}° askew (gantry tilt), so {what}; set the reader's gantry_tilt to "
         "resample.",
-        degrees=round(_lean(affine), 3),
+        degrees=round(lean(affine), 3),
     )
 
 
@@ -113,10 +103,10 @@ class OrientForSlicingd(_SlicingTransform):
         for key in self.keys:
             volume = out[key]
             affine = np.asarray(volume.affine, dtype=np.float64)
-            plane = plane_of(self.slicing_axis, _slice_axes(np.asarray(volume.meta["original_affine"])))
+            plane = plane_of(self.slicing_axis, slice_axes(np.asarray(volume.meta["original_affine"])))
             wanted = nib.orientations.axcodes2ornt(AXIS_CODES[plane])
-            change = nib.orientations.ornt_transform(nearest_axes(_slice_axes(affine)), wanted)
-            if _lean(affine) > LEAN_DEGREES and change[2, 0] != SLICING_DIMENSION[plane]:
+            change = nib.orientations.ornt_transform(nearest_axes(slice_axes(affine)), wanted)
+            if lean(affine) > LEAN_DEGREES and change[2, 0] != SLICING_DIMENSION[plane]:
                 raise _sheared(affine, f"{plane} pictures across them would be distorted")
             flips = [1 + axis for axis in range(3) if change[axis, 1] < 0]
             oriented = volume.flip(flips).permute(0, *(1 + int(axis) for axis in np.argsort(change[:, 0])))
@@ -170,7 +160,7 @@ class ResampleVolumed(_KeysTransform):
         if self.spacing is not None:
             for key in self.keys:
                 affine = np.asarray(out[key].affine, dtype=np.float64)
-                if _lean(affine) > LEAN_DEGREES:
+                if lean(affine) > LEAN_DEGREES:
                     raise _sheared(affine, "they cannot be resampled to another spacing as they are")
                 present = np.linalg.norm(affine[:3, :3], axis=0)
                 target = [float(have if want < 0 else want) for want, have in zip(self.spacing, present, strict=True)]
@@ -286,7 +276,7 @@ class VolumeToBagd(_SlicingTransform):
         affine = np.asarray(volume.affine, dtype=np.float64)
         stored_affine = np.asarray(volume.meta["original_affine"], dtype=np.float64)
         stored_shape = [int(n) for n in volume.meta["spatial_shape"]][:3]
-        axis = SLICING_DIMENSION[plane_of(self.slicing_axis, _slice_axes(stored_affine))]
+        axis = SLICING_DIMENSION[plane_of(self.slicing_axis, slice_axes(stored_affine))]
         columns, rows = (a for a in range(3) if a != axis)
         slices = volume.as_tensor().permute(1 + axis, 0, 1 + rows, 1 + columns).contiguous()  # (N, C, H, W)
 
