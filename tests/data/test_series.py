@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -462,12 +463,25 @@ def read_with_itk(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return itk.array_from_image(image).transpose(), np.diag([-1, -1, 1, 1]) @ affine
 
 
+def read_with_simple_itk(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    import SimpleITK
+
+    image = SimpleITK.ReadImage(SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder)))
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return SimpleITK.GetArrayFromImage(image).transpose(), np.diag([-1, -1, 1, 1]) @ affine
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("oracle", [read_with_itk, read_with_simple_itk])
 @pytest.mark.parametrize("orientation", [factory.AXIAL, factory.SAGITTAL, factory.oblique()])
-def test_agrees_with_itk(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+def test_agrees_with_itk(
+    tmp_path: Path, orientation: tuple[float, ...], oracle: Callable[[Path], tuple[np.ndarray, np.ndarray]]
+) -> None:
     folder = make_series(tmp_path / "s", orientation=orientation)
     volume = read_volume(folder)
-    values, affine = read_with_itk(folder)
+    values, affine = oracle(folder)
     np.testing.assert_allclose(volume.array, values, atol=1e-3)
     np.testing.assert_allclose(volume.affine, affine, atol=1e-5)
 

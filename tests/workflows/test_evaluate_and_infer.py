@@ -234,3 +234,35 @@ def test_a_bad_datalist_ends_in_a_sentence(fault, cohort, trained, tmp_path, mon
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_series_rules_of_a_hospital_choose_at_inference(trained, tmp_path, monai):
+    """A study of two series: without rules it is refused with a list; an overlay says which one is meant."""
+    from tests.data.dicom_factory import make_slices, write_series
+
+    scans = tmp_path / "scans"
+    for number, gap in ((1, 5.0), (2, 2.5)):
+        slices = make_slices("MR", matrix=(24, 20), count=9, gap=gap, series=number)
+        for ds in slices:
+            ds.SeriesDescription = f"T{number} CANARY"
+        write_series(scans / "study" / str(number), slices)
+    overlay = tmp_path / "hospital.yaml"
+    overlay.write_text("dicom_cases: study\nseries_rules: {_target_: bundle.SeriesRules, description: ['t2 *']}\n")
+    arguments = ["--dataset_dir", str(scans), "--weights", str(trained / "model.pt"), "--device", "cpu"]
+    monai(
+        "run", "--config_file", "configs/inference.yaml", *arguments, "--output_dir", str(tmp_path / "a"),
+        "--dicom_cases", "study", status=3,
+    )  # fmt: skip
+    monai(
+        "run", "--config_file", f"['configs/inference.yaml','{overlay}']", *arguments,
+        "--output_dir", str(tmp_path / "b"),
+    )  # fmt: skip
+    (refused,), (accepted,) = (
+        [json.loads(path.read_text()) for path in (tmp_path / name / "cases").glob("*.json")] for name in "ab"
+    )
+    assert refused["reason_code"] == "several_series"
+    assert len(refused["reason_facts"]["series"]) == 2
+    assert accepted["status"] == "accepted"
+    assert accepted["reading"][0]["series_uid"].endswith(".2")
+    assert accepted["reading"][0]["other_series"] == 1
+    assert "CANARY" not in json.dumps([refused, accepted])
