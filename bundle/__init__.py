@@ -19,9 +19,9 @@ _EXPORTS = {
     "data.dataset": "BagDataset BagSampler watched",
     "data.reader": "LoadImageStrictd",
     "data.sampling": "AllSlicesd RandomSlicesd StratifiedSlicesd UniformSlicesd",
-    "data.transforms": (
-        "AddNeighboursd CheckVolumed CropToForegroundd DropBlankSlicesd OrientForSlicingd ResampleVolumed "
-        "ResizeAndPadd ScaleForegroundPercentilesd VolumeToBagd"
+    "data.transforms": "AddNeighboursd DropBlankSlicesd ResizeAndPadd VolumeToBagd",
+    "data.volume_transforms": (
+        "CheckVolumed CropToForegroundd OrientForSlicingd ResampleVolumed ScaleForegroundPercentilesd"
     ),
     "data.policy": "ReaderPolicy SeriesRules",
     "errors": "InputError Refusal plain_errors",

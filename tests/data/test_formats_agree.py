@@ -15,7 +15,13 @@ from monai.transforms import Compose
 
 from bundle.data.reader import LoadImageStrictd
 from bundle.data.series import read_volume
-from bundle.data.transforms import OrientForSlicingd, ResizeAndPadd, VolumeToBagd
+from bundle.data.transforms import (
+    ResizeAndPadd,
+    VolumeToBagd,
+)
+from bundle.data.volume_transforms import (
+    OrientForSlicingd,
+)
 from tests.data import dicom_factory as factory
 from tests.data.dicom_factory import GRADIENT, make_slices, true_value, write_series
 

@@ -13,15 +13,17 @@ from monai.transforms import Compose
 from bundle.data.orientation import nearest_axes
 from bundle.data.transforms import (
     AddNeighboursd,
-    CheckVolumed,
-    CropToForegroundd,
     DropBlankSlicesd,
-    OrientForSlicingd,
-    ResampleVolumed,
     ResizeAndPadd,
-    ScaleForegroundPercentilesd,
     VolumeToBagd,
     take_slices,
+)
+from bundle.data.volume_transforms import (
+    CheckVolumed,
+    CropToForegroundd,
+    OrientForSlicingd,
+    ResampleVolumed,
+    ScaleForegroundPercentilesd,
 )
 from bundle.errors import InputError, Refusal
 
