@@ -89,7 +89,7 @@ def test_the_allowed_words_are_those_of_the_config():
         "temperature_schedule": choices(train, "temperature", "schedule", "options"),
         "bag_loss": choices(train, "loss", "bag_loss", "options"),
     }
-    from bundle.data.transforms import SLICING_AXES
+    from bundle.data.orientation import SLICING_AXES
     from bundle.evaluation.scores import SCORES
     from bundle.model.encoder import NORMS
 

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from bundle.data.policy import ReaderPolicy
 from bundle.errors import InputError, command_line
@@ -75,12 +78,18 @@ def verdict(case: Case, outcome: Outcome, ordinary: frozenset[str]) -> str:
     return f"{judged}, told" if told else judged
 
 
-def run_reader(name: str, cases: Sequence[Case], scratch: Path) -> list[str]:
+def run_reader(name: str, cases: Sequence[Case], scratch: Path, bar: tqdm[Any]) -> list[str]:
     """The verdict on each case, in order."""
+
+    def judged(case: Case) -> str:
+        found = verdict(case, _read(peer, case), ordinary)
+        bar.update()
+        return found
+
     peer = Peer(name, scratch)
     try:
         ordinary = frozenset[str]().union(*(peer.read(c.folder).said for c in cases if c.name in ORDINARY))
-        return [verdict(case, _read(peer, case), ordinary) for case in cases]
+        return [judged(case) for case in cases]
     finally:
         peer.close()
 
@@ -115,12 +124,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readers", nargs="+", default=list(READERS), choices=list(READERS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2, help="readers that run at a time")
     given = parser.parse_args(arguments)
+    if given.jobs < 1:
+        raise InputError(f"--jobs must be 1 or more, not {given.jobs}")
+    if given.out is not None and not given.out.is_file():
+        raise InputError(f"there is no page {given.out}")
     page = None if given.out is None else replace_between(given.out.read_text(), "")
     scratch = Path(tempfile.mkdtemp(prefix="readers-"))
     try:
         cases = written(scratch, given.only)
-        with ThreadPoolExecutor(given.jobs) as pool:
-            columns = list(pool.map(lambda name: run_reader(name, cases, scratch / "out"), given.readers))
+        if all(case.name in ORDINARY and not fnmatch.fnmatch(case.name, given.only) for case in cases):
+            raise InputError(f"--only {given.only}: no fault and no clean variant is called so")
+        bar = tqdm(total=len(cases) * len(given.readers), desc="reading folders", disable=None)
+        with bar, ThreadPoolExecutor(given.jobs) as pool:
+            columns = list(pool.map(lambda name: run_reader(name, cases, scratch / "out", bar), given.readers))
     finally:
         shutil.rmtree(scratch)
     found = [(c.group, c.name, row) for c, row in zip(cases, zip(*columns, strict=True), strict=True)]
