@@ -65,8 +65,10 @@ def read_pixels(headers: Sequence[SliceHeader], accept_lossy: bool = True) -> Pi
     values = np.empty((columns, rows, len(headers)), dtype=np.float32, order="F")
     layouts = {(h.bits_allocated, h.bits_stored, h.high_bit) for h in headers}
     padded, lossy = 0, any(h.lossy for h in headers)
-    for path in dict.fromkeys(h.path for h in headers):
-        places = [k for k, h in enumerate(headers) if h.path == path]
+    files: dict[Path, list[int]] = {}
+    for k, header in enumerate(headers):
+        files.setdefault(header.path, []).append(k)
+    for places in files.values():
         images = [headers[k] for k in places]
         lost = _loses(images)
         lossy = lossy or lost

@@ -202,7 +202,7 @@ def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
     candidates = found
     if len(found) > 1:
         # A series of which nothing can be read may be the one that is meant.
-        wanted = [s for s in found if not s.headers or s.modality in policy.modalities]
+        wanted = [s for s in found if not s.headers or any(h.modality in policy.modalities for h in s.headers)]
         candidates = [s for s in wanted if s.kind == "image"]
     fitting = [s for s in candidates if fits(s, policy.series)]
     if policy.series.thinnest and len(fitting) > 1 and (known := [s.spacing for s in fitting if s.spacing]):
@@ -230,22 +230,27 @@ def choose_series(study: Study, policy: ReaderPolicy) -> FoundSeries:
 def fits(series: FoundSeries, rules: SeriesRules) -> bool:
     """Whether a series fits every rule but `thinnest`, which compares series.
 
-    Where damage hides what a rule asks for (one slice without orientation, and the plane is not known), it may fit: it
-    is then refused for its damage, and not replaced by another series.
+    Where damage hides what a rule asks for (one slice without orientation, and the plane is not known), it may fit, and
+    so does one of which any image fits: it is then refused for its damage, and not replaced by another series.
     """
-    headers, spacing = series.headers, series.spacing
-    if not headers:
+    spacing = series.spacing
+    if not series.headers:
         return True
-    types = {word for h in headers for word in h.image_type}
-    described = headers[0].description
+    return (
+        (rules.plane is None or series.plane in (None, rules.plane))
+        and (rules.slices is None or rules.slices[0] <= series.images <= rules.slices[1])
+        and (rules.spacing_mm is None or spacing is None or rules.spacing_mm[0] <= spacing <= rules.spacing_mm[1])
+        and any(_image_fits(header, rules) for header in series.headers)
+    )
+
+
+def _image_fits(header: SliceHeader, rules: SeriesRules) -> bool:
+    types = set(header.image_type)
     conditions = (
-        rules.modality is None or series.modality in {m.upper() for m in rules.modality},
-        rules.description is None or _like(described, rules.description),
-        rules.exclude_description is None or not _like(described, rules.exclude_description),
-        rules.plane is None or series.plane in (None, rules.plane),
-        rules.slices is None or rules.slices[0] <= series.images <= rules.slices[1],
-        rules.spacing_mm is None or spacing is None or rules.spacing_mm[0] <= spacing <= rules.spacing_mm[1],
-        rules.contrast is None or series.contrast == rules.contrast,
+        rules.modality is None or header.modality in {m.upper() for m in rules.modality},
+        rules.description is None or _like(header.description, rules.description),
+        rules.exclude_description is None or not _like(header.description, rules.exclude_description),
+        rules.contrast is None or header.contrast_agent == rules.contrast,
         rules.image_type is None or {w.upper() for w in rules.image_type} <= types,
         rules.exclude_image_type is None or not {w.upper() for w in rules.exclude_image_type} & types,
     )

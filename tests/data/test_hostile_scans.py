@@ -62,6 +62,24 @@ def test_a_series_whose_plane_damage_hides_is_not_replaced(
     assert code in (own if "spacing_mm" in rules else ("several_series", *own))
 
 
+@pytest.mark.parametrize("keyword", ["Modality", "SeriesDescription", "ImageType"])
+def test_one_damaged_word_does_not_hide_a_series(tmp_path: Path, keyword: str) -> None:
+    add(tmp_path, 1, gap=5.0, tags={"SeriesDescription": "HEAD"})
+    thin = add(tmp_path, 2, gap=2.5, count=10, tags={"SeriesDescription": "HEAD"})
+    for path in thin.iterdir():
+        ds = pydicom.dcmread(path)
+        if ds.InstanceNumber == 1:
+            setattr(ds, keyword, ["DERIVED", "MPR"] if keyword == "ImageType" else "XX")
+            ds.save_as(path)
+            path.rename(thin / "0.dcm")  # the first that is read
+    rules = SeriesRules(thinnest=True, description=("HEAD",), exclude_image_type=("MPR",))
+    try:
+        volume = read_volume(tmp_path, ReaderPolicy(series=rules))
+    except Refusal:
+        return
+    assert str(volume.series_uid).endswith(".2")
+
+
 def test_a_capture_that_cannot_be_read_is_no_candidate(tmp_path: Path) -> None:
     add(tmp_path, 1)
     capture = add(tmp_path, 2, count=1, tags={"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"})
