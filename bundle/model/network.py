@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .encoding import SliceEncoding
 from .selection import masked_softmax
 
 __all__ = ["BagOutput", "ClassEvidence", "DualStreamMIL", "Evidence", "evidence_of_class"]
@@ -110,6 +111,8 @@ class DualStreamMIL(nn.Module):
             if size < 1:
                 raise InputError(f"{name} must be at least 1, not {size}")
         self.encoder = encoder
+        # How a workflow sends slices through the encoder; it belongs to the run, not to the network: saved nowhere.
+        self.encoding = SliceEncoding(chunk_slices=0)
         self.selection = selection
         self.num_channels = num_channels
         self.num_features = num_features
@@ -125,6 +128,15 @@ class DualStreamMIL(nn.Module):
         self.bag_classifier = nn.Linear(self.num_scores * num_features, num_classes)
         # A buffer, so that weights carry the temperature they were trained with and evaluation uses the same.
         self.register_buffer("temperature", torch.tensor(1.0))
+
+    def train(self, mode: bool = True) -> "DualStreamMIL":
+        """As every module, except that frozen parts of the encoder stay in evaluation mode: their norms and dropout."""
+        super().train(mode)
+        for module in self.encoder.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
+        return self
 
     def forward(self, image: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Logits (B, K) of bags: image (B, N, C, H, W), mask (B, N) bool with True = real slice (None: all real)."""
@@ -147,8 +159,6 @@ class DualStreamMIL(nn.Module):
         """Features (B, N, F) in float32; padded slices are not encoded (a batch norm would see them) and stay 0."""
         if image.dim() != 5:
             raise ValueError(f"a batch of bags is (B, N, C, H, W): 5 dimensions, not {image.dim()}")
-        if image.shape[2] != self.num_channels:
-            raise ValueError(f"this network is for {self.num_channels} channels, the slices have {image.shape[2]}")
         num_bags, num_slices = image.shape[0], image.shape[1]
         slices = image.flatten(0, 1)  # (B * N, C, H, W)
         if mask is None:
@@ -162,10 +172,22 @@ class DualStreamMIL(nn.Module):
 
     def encode_slices(self, slices: Tensor) -> Tensor:
         """Features (M, F) in float32 of slices (M, C, H, W)."""
-        features = self.encoder(slices.contiguous(memory_format=torch.channels_last)).to(torch.float32)
+        slices = slices.contiguous(memory_format=torch.channels_last)
+        if torch.jit.is_scripting():
+            self.check_channels(slices)
+            features = self.encoder(slices).to(torch.float32)
+        else:
+            if not self.encoding.first_stage:
+                self.check_channels(slices)
+            features = self.encoding(self.encoder, slices).to(torch.float32)
         if features.dim() != 2 or features.shape[1] != self.num_features:
             raise ValueError(f"the encoder must give (M, {self.num_features}) features, it gave {features.shape}")
         return features
+
+    def check_channels(self, slices: Tensor) -> None:
+        """Refuse slices (M, C, H, W) with another number of channels than the encoder's."""
+        if slices.shape[1] != self.num_channels:
+            raise ValueError(f"this network is for {self.num_channels} channels, the slices have {slices.shape[1]}")
 
     def head(self, features: Tensor, mask: Tensor) -> BagOutput:
         """Both streams on features (B, N, F) with mask (B, N)."""

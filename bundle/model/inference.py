@@ -1,0 +1,93 @@
+"""A trained network made fast: for evaluation and inference, after which it cannot be trained any more."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils import fuse_conv_bn_eval
+
+from .encoding import SliceEncoding
+from .network import DualStreamMIL
+
+__all__ = ["fold_batch_norms", "for_inference"]
+
+logger = logging.getLogger(__name__)
+
+
+def for_inference(
+    network: DualStreamMIL, encoding: SliceEncoding, precision: torch.dtype | None = None
+) -> DualStreamMIL:
+    """Make a trained network ready for inference, in place: nothing learns, norms are folded, the encoder is laid out.
+
+    Args:
+        network: with its weights.
+        encoding: how slices go through the encoder.
+        precision: type of the encoder's weights, that of the autocast in which it will run (see `autocast_dtype`): it
+            then need not convert them for every chunk. None keeps float32. The head stays float32.
+
+    Returns:
+        The same network, in evaluation mode.
+    """
+    network.requires_grad_(False).eval()
+    folded = fold_batch_norms(network.encoder)
+    if precision is not None:
+        network.encoder.to(precision)
+    network.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.encoding = encoding
+    logger.debug("%d batch norms folded into convolutions", folded)
+    return network
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # A norm of our own class is one step as well, not the formula inside it.
+        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fold_batch_norms(encoder: nn.Module) -> int:
+    """Fold every batch norm that directly follows a convolution into that convolution, in place.
+
+    In evaluation mode such a norm is a fixed scale and shift of each channel, which the convolution's own weights can
+    hold; the outputs stay the same up to rounding. Group and instance norms look at each slice and cannot be folded.
+
+    Args:
+        encoder: in evaluation mode. One whose forward depends on the values of its input cannot be followed and stays
+            as it is, which is logged.
+
+    Returns:
+        How many norms were folded.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+        return 0
+    try:
+        graph = _Tracer().trace(encoder)
+    except Exception as error:  # whatever a user's own forward does that symbols cannot follow
+        logger.info("batch norms are not folded into convolutions: the encoder cannot be traced (%s)", error)
+        return 0
+    folded = 0
+    modules = dict(encoder.named_modules())
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        source: Any = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        norm, convolution = modules[str(node.target)], modules[str(source.target)]
+        # Where the convolution's output goes elsewhere too, or a module is called twice, folding would change more.
+        alone = len(source.users) == 1 and calls.count(node.target) == 1 == calls.count(source.target)
+        if not alone or not isinstance(norm, nn.BatchNorm2d) or type(convolution) is not nn.Conv2d:
+            continue
+        if norm.training or norm.running_mean is None:
+            continue
+        with torch.no_grad():
+            _put(encoder, str(source.target), fuse_conv_bn_eval(convolution, norm))
+        _put(encoder, str(node.target), nn.Identity())
+        folded += 1
+    return folded
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

@@ -1,0 +1,64 @@
+"""An encoder as a row of stages, for freezing the first ones and for starting from what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+__all__ = ["Stage", "freeze_stages", "stages_of"]
+
+Stage = nn.Sequential
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class _Flatten(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def stages_of(encoder: nn.Module) -> list[Stage]:
+    """The stages of an encoder, which one after the other give what the encoder gives.
+
+    A ResNet of MONAI or torchvision has five: stem, layer1, layer2, layer3, and layer4 with the pooling. Of a
+    `torch.nn.Sequential` each child is one. The stages hold the encoder's own modules, not copies.
+
+    Raises:
+        InputError: the encoder is neither.
+    """
+    if isinstance(encoder, nn.Sequential):
+        return [nn.Sequential(child) for child in encoder]
+    has: Callable[[str], bool] = lambda name: isinstance(getattr(encoder, name, None), nn.Module)  # noqa: E731
+    if not all(map(has, ("conv1", "bn1", "maxpool", "avgpool", *LAYERS))):
+        raise InputError(
+            f"the stages of a {type(encoder).__name__} are not known: frozen_stages and recomputation with batch norm "
+            "need a ResNet of MONAI or torchvision, or a torch.nn.Sequential"
+        )
+    part: Callable[[str], Any] = lambda name: getattr(encoder, name)  # noqa: E731
+    activation = part("act") if has("act") else part("relu")
+    stem = [part("conv1"), part("bn1"), activation]
+    if not getattr(encoder, "no_max_pool", False):
+        stem.append(part("maxpool"))
+    end = [part("layer4"), part("avgpool"), _Flatten()]
+    if has("fc"):
+        end.append(part("fc"))
+    return [nn.Sequential(*stem), *(nn.Sequential(part(name)) for name in LAYERS[:-1]), nn.Sequential(*end)]
+
+
+def freeze_stages(encoder: nn.Module, count: int) -> None:
+    """Freeze the first stages of an encoder: their weights are not trained, and DualStreamMIL keeps them in evaluation.
+
+    Args:
+        encoder: see `stages_of`.
+        count: 0 freezes nothing; the number of stages or more freezes all.
+
+    Raises:
+        InputError: `count` is negative, or the stages are not known.
+    """
+    if count < 0:
+        raise InputError(f"frozen_stages must be 0 or more, not {count}")
+    for stage in stages_of(encoder)[:count] if count else ():
+        stage.requires_grad_(False)
