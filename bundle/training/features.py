@@ -1,0 +1,107 @@
+"""Features of frozen stages as a step of the preparation, so that the slice cache keeps them and a head trains fast."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from monai.transforms import Transform
+from torch import Tensor, nn
+from torch.utils.data import get_worker_info
+
+from ..errors import InputError
+from ..model.encoding import SliceEncoding
+from ..model.network import DualStreamMIL
+from ..model.stages import stages_of
+
+__all__ = ["EncodeStagesd", "frozen_features"]
+
+
+class EncodeStagesd(Transform):
+    """Replaces the slices of a bag, (N, C, H, W), by what stages of an encoder give for them.
+
+    That is (N, C', H', W'), or (N, F, 1, 1) after the last stage. `digest` stands for the stages' weights: the cache
+    keeps features of other weights, another type or another number of stages apart.
+
+    Args:
+        stages: copied, in evaluation mode.
+        device: that computes. Data-loading workers compute on the CPU: a forked process cannot use a GPU.
+        dtype: that convolutions compute in, see `autocast_dtype`; None for float32.
+        chunk_slices: see `SliceEncoding`.
+    """
+
+    def __init__(
+        self,
+        stages: nn.Sequential,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        chunk_slices: int | None = None,
+    ) -> None:
+        self.digest = _digest(stages)
+        self.dtype = str(dtype)
+        self._dtype, self._device, self._encoding = dtype, torch.device(device), SliceEncoding(chunk_slices)
+        self._stages = copy.deepcopy(stages).cpu().requires_grad_(False).eval()
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        device = torch.device("cpu") if get_worker_info() is not None else self._device
+        return {**data, "image": self._encoded(data["image"], device).cpu()}
+
+    def _encoded(self, slices: Tensor, device: torch.device) -> Tensor:
+        cast = torch.autocast(device.type, dtype=self._dtype) if self._dtype else contextlib.nullcontext()
+        slices = slices.to(device).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), cast:
+            features = self._encoding(self._stages.to(device), slices).float()
+        return features.reshape(*features.shape, 1, 1) if features.dim() == 2 else features.contiguous()
+
+
+def _digest(stages: nn.Module) -> str:
+    found = hashlib.sha256(str(stages).encode())
+    for name, tensor in stages.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def frozen_features(
+    network: DualStreamMIL,
+    frozen_stages: int,
+    cache_features: bool,
+    *,
+    augment: bool,
+    cache: Any,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    chunk_slices: int | None = None,
+) -> list[EncodeStagesd]:
+    """The step that ends a preparation whose features are kept, as a list of one, or of none without `cache_features`.
+
+    With it the network is told to start after the frozen stages.
+
+    Args:
+        network: with frozen stages, see `start_network`.
+        frozen_stages: how many.
+        cache_features: whether to keep their features.
+        augment: must be off then.
+        cache: must be there then.
+        device: see EncodeStagesd.
+        dtype: likewise.
+        chunk_slices: likewise.
+
+    Raises:
+        InputError: features are to be kept, but no stage is frozen, slices are augmented, or there is no cache.
+    """
+    if not cache_features:
+        return []
+    if frozen_stages < 1:
+        raise InputError("cache_features needs frozen_stages of 1 or more: features of stages that learn change")
+    if augment:
+        raise InputError("cache_features needs augment to be false: what is kept is computed once, from plain slices")
+    if cache is None:
+        raise InputError("cache_features needs a cache_dir to keep them in")
+    stages = stages_of(network.encoder)[:frozen_stages]
+    network.encoding.first_stage = len(stages)
+    return [EncodeStagesd(nn.Sequential(*stages), device, dtype, chunk_slices)]
