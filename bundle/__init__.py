@@ -14,28 +14,38 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "data.augment": "RandBagAffined RandSliceIntensityd",
+    "data.cache": "open_cache",
     "data.cases": "inference_cases labelled_cases split_of",
     "data.collate": "collate_bags",
     "data.dataset": "BagDataset BagSampler watched",
+    "data.loader": "CaseLoader",
     "data.reader": "LoadImageStrictd",
     "data.sampling": "AllSlicesd RandomSlicesd StratifiedSlicesd UniformSlicesd",
     "data.transforms": "AddNeighboursd DropBlankSlicesd ResizeAndPadd VolumeToBagd",
     "data.volume_transforms": (
-        "CheckVolumed CropToForegroundd OrientForSlicingd ResampleVolumed ScaleForegroundPercentilesd"
+        "CheckVolumed CropToForegroundd OrientForSlicingd ResampleVolumed ScaleForegroundPercentilesd ScaleWindowd"
     ),
     "data.policy": "ReaderPolicy SeriesRules",
     "errors": "InputError Refusal plain_errors",
     "model.encoder": "FrozenBatchNorm2d load_encoder_weights with_norm",
+    "model.encoding": "SliceEncoding",
+    "model.inference": "for_inference",
     "model.network": "BagOutput DualStreamMIL Evidence",
     "model.selection": (
         "EntmaxSelection GumbelSelection HardSelection MeanSelection SoftSelection StraightThroughSelection "
         "TopKSelection TwoPhaseSelection"
     ),
+    "processes": "use_own_gpu",
+    "provenance": "made_from",
     "recipe": "Recipe",
+    "results.progress": "CaseProgressBar",
+    "results.run_folder": "RunFolder",
     "results.writer": "DrawKeySlices WriteMetrics WriteRecords exit_status",
     "settings": "check_config check_held_out choose run_settings",
     "training.checkpoint": "BestModel Checkpoint EarlyStop",
-    "training.engine": "BagEvaluator BagTrainer",
+    "training.distributed": ("BagBatches data_parallel end_group is_first local_device own_share start_group"),
+    "training.engine": "BagEvaluator BagTrainer autocast_dtype",
+    "training.features": "frozen_features",
     "training.handlers": (
         "AnnealTemperature BagProgressBar EpochScore GradientClip ScheduleRegularisation TwoPhaseSwitch named_scores"
     ),

@@ -25,16 +25,19 @@ logger = logging.getLogger(__name__)
 META = ConfigParser.meta_key
 # Where a run happens and how much it prints changes no result, so a run may go on with other values of these.
 NOT_PART_OF_A_RUN = (
-    "bundle_root", "output_dir", "dataset_dir", "device", "num_workers", "progress", "resume", "resume_changed",
-    "initialize", "run", "finalize", "trusted_modules",
+    "bundle_root", "output_dir", "dataset_dir", "cache_dir", "cache_limit_gb", "device", "num_workers", "progress",
+    "resume", "resume_changed", "initialize", "run", "finalize", "trusted_modules",
+    "activation_checkpointing", "chunk_slices", "compile_encoder",
 )  # fmt: skip
+# Text that may also be null.
+OPTIONAL = ("cache_dir",)
 # What no constructor checks before something is built or written. The threshold's ends would predict one class always.
 RANGES = {
     "max_epochs": (1, math.inf), "batch_size": (1, math.inf), "accumulation_steps": (1, math.inf),
     "val_interval": (1, math.inf), "num_workers": (0, math.inf), "stability_cases": (1, math.inf),
     "early_stop_patience": (0, math.inf), "weight_decay": (0, math.inf), "lr": (0, math.inf),
     "classifier_lr": (0, math.inf), "dropout": (0, 0.99), "threshold": (0.001, 0.999), "resamples": (1, math.inf),
-    "num_key_slices": (1, math.inf), "figure_cases": (0, math.inf),
+    "eval_batch_size": (1, math.inf), "num_key_slices": (1, math.inf), "figure_cases": (0, math.inf),
 }  # fmt: skip
 ARGUMENTS_OF_MONAI = ConfigComponent.non_arg_keys
 
@@ -192,7 +195,8 @@ def _coerced(key: str, value: Any, default: Any) -> tuple[Any, str | None]:
     """The value as its default's kind, or a sentence. Expressions and references are left to MONAI."""
     if isinstance(default, Mapping) and isinstance(value, (str, int, float)) and _is_plain(value):
         return value, f"{key} must be a definition, with _target_ and its arguments, not {value!r}"
-    if default is None or not _is_plain(default) or not _is_plain(value):
+    optional = key in OPTIONAL and value is None
+    if default is None or optional or not _is_plain(default) or not _is_plain(value):
         return value, None
     if isinstance(default, bool):
         by_name = {"true": True, "false": False}

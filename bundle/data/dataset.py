@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import monai.data
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import Compose, RandomizableTrait, Transform
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from ..errors import InputError, Refusal, input_error_behind
+from .cache import GB, CacheFull, SliceCache
+from .cache_entry import DamagedEntry
+from .sampling import draws_by_number
+from .selective import prepare_drawn
 
 __all__ = ["BagDataset", "BagSampler", "watched"]
 
@@ -20,19 +25,23 @@ __all__ = ["BagDataset", "BagSampler", "watched"]
 class BagDataset(monai.data.Dataset):
     """Bags of a list of cases.
 
-    The transform's steps up to its first random one are the preparation: done once a case and, with `cache`, kept in
-    memory. `dataset[i]` is case i in epoch 0 and `dataset[epoch, i]` in another; draws come from (seed, epoch, case).
+    The transform's steps up to its first random one are the preparation: done once a case and kept, with a `cache`.
+    `dataset[i]` is case i in epoch 0 and `dataset[epoch, i]` in another; draws come from (seed, epoch, case). With a
+    cache only the slices are read that the first random step draws.
 
     Args:
         data: case dictionaries with `case`, `image`, and perhaps `label`, `patient`, `slice_label`.
         transform: preparation followed by draws. Draws must give new tensors, not change those they are given.
         seed: of all draws, 0 or more.
-        cache: prepare all cases now and keep them (float32: N · C · H · W · 4 bytes each).
+        cache: in which all cases are prepared now, unless they are there; None prepares a case each time it is asked
+            for. Images come back with the precision of the cache.
         keep_refused: give a case that is refused as {"case", "label", "refusal"} instead of raising.
         progress: show a bar while preparing.
+        num_workers: processes that prepare; what they prepare is the same for any number.
 
     Raises:
-        InputError: on a negative seed; (unless keep_refused) one line for every case that cannot be read.
+        InputError: on a negative seed; where the cache is full or cannot be used; (unless keep_refused) one line for
+            every case that cannot be read.
     """
 
     def __init__(
@@ -41,9 +50,10 @@ class BagDataset(monai.data.Dataset):
         transform: Compose,
         *,
         seed: int = 0,
-        cache: bool = True,
+        cache: SliceCache | None = None,
         keep_refused: bool = False,
         progress: bool = True,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(list(data), transform)
         if seed < 0:
@@ -51,17 +61,26 @@ class BagDataset(monai.data.Dataset):
         self.seed, self.keep_refused = seed, keep_refused
         first_random = transform.get_index_of_first(lambda step: isinstance(step, RandomizableTrait))
         self._preparation_end = len(transform.transforms) if first_random is None else first_random
-        self._prepared: list[dict[str, Any]] | None = None
-        if cache:
-            self._prepared = self._prepare_all(progress)
+        self._cache = cache
+        # Of each case the key of its entry, or the case with its refusal.
+        self._made: list[str | dict[str, Any]] = []
+        if cache is not None:
+            self._steps = cache.steps_digest(transform.transforms[: self._preparation_end])
+            self._made = self._make_all(cache, progress, num_workers)
 
-    def _prepare(self, index: int) -> dict[str, Any]:
+    def _whole(self, case: dict[str, Any]) -> dict[str, Any]:
+        """The prepared case."""
+        bag = self.transform(case, end=self._preparation_end)
+        # MONAI's transforms make their own tensors of plain ones; a bag has no affine that these could carry.
+        return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in bag.items()}
+
+    def _prepare(self, index: int, by: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
         """The prepared case, or the case with its `refusal`."""
         case = dict(self.data[index])
         try:
             if isinstance(case.get("refusal"), Refusal):
                 raise case["refusal"]
-            return dict(self.transform(case, end=self._preparation_end))
+            return (by or self._whole)(case)
         except Exception as error:
             refusal = input_error_behind(error)
             if refusal is None and self.keep_refused and (cause := _machine_error_behind(error)) is not None:
@@ -73,11 +92,76 @@ class BagDataset(monai.data.Dataset):
                 raise
             return {key: case.get(key) for key in ("case", "label", "patient")} | {"refusal": refusal}
 
-    def _prepare_all(self, progress: bool) -> list[dict[str, Any]]:
-        indices = tqdm(range(len(self.data)), "preparing cases", disable=not progress, mininterval=1, unit="case")
-        prepared = [self._prepare(index) for index in indices]
-        self._raise_refused(prepared)
-        return prepared
+    def _make(
+        self, cache: SliceCache, index: int, wait: bool = True, thorough: bool = False
+    ) -> str | dict[str, Any] | None:
+        """The key of a case's entry, made unless it is there; the case with its `refusal`; None: another makes it."""
+        case = self.data[index]
+        try:
+            stamp = cache.stamp(case)
+            key = cache.key(case, self._steps)
+        except (OSError, InputError):
+            # What hinders this hinders the reader too, whose refusal says it better.
+            refused = self._prepare(index)
+            if "refusal" in refused:
+                return refused
+            raise
+        if cache.holds(key, thorough):
+            return key
+        with cache.claim(key, wait) as claimed:
+            if not claimed:
+                return None
+            if not cache.clear_damaged(key, thorough):
+                bag = self._prepare(index)
+                if "refusal" in bag:
+                    return bag
+                if cache.stamp(case) != stamp:
+                    raise InputError(
+                        f"case {case['case']} was changed while it was read: run again when its files are complete"
+                    )
+                cache.store(key, bag, case)
+        return key
+
+    def _make_all(self, cache: SliceCache, progress: bool, num_workers: int) -> list[str | dict[str, Any]]:
+        cache.sweep()
+        made: dict[int, str | dict[str, Any]] = {}
+        count = len(self.data)
+        with tqdm(total=count, desc="preparing cases", disable=not progress, mininterval=1, unit="case") as bar:
+            # Several processes with one list share it out: each first passes over what another one is at.
+            for wait in (False, True):
+                for index, one in self._each_made(cache, made, num_workers, wait):
+                    if isinstance(one, CacheFull):
+                        raise self._full(cache, made, one)
+                    if isinstance(one, InputError):
+                        raise one
+                    if one is not None:
+                        made[index] = one
+                        bar.update()
+        self._raise_refused([one for _, one in sorted(made.items()) if not isinstance(one, str)])
+        return [made[index] for index in range(count)]
+
+    def _each_made(
+        self, cache: SliceCache, made: Mapping[int, Any], num_workers: int, wait: bool
+    ) -> Iterator[tuple[int, str | dict[str, Any] | InputError | None]]:
+        waiting = [index for index in range(len(self.data)) if index not in made]
+        loader = DataLoader(
+            _Making(self, cache, wait),
+            sampler=waiting,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=min(num_workers, len(waiting)),
+            # Of its own: drawing from the global one would change what is drawn after.
+            generator=torch.Generator(),
+            in_order=False,
+        )
+        return iter(loader) if waiting else iter(())
+
+    def _full(self, cache: SliceCache, made: Mapping[int, Any], error: CacheFull) -> InputError:
+        keys, count = [one for one in made.values() if isinstance(one, str)], len(self.data)
+        told = f"{len(keys)} of {count} cases are prepared"
+        if keys:
+            told += f", and all of them need about {cache.size(keys) / len(keys) * count / GB:.3g} GB"
+        return InputError(f"{error} ({told})")
 
     def _raise_refused(self, bags: Sequence[Mapping[str, Any]]) -> None:
         refused = [f"case {bag['case']}: {bag['refusal']}" for bag in bags if "refusal" in bag]
@@ -86,19 +170,69 @@ class BagDataset(monai.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:  # type: ignore[override]
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        prepared = self._prepared[index] if self._prepared is not None else self._prepare(index)
-        if "refusal" in prepared:
-            self._raise_refused([prepared])
-            return dict(prepared)
-        bag = dict(self.transform({**prepared, "draw": (self.seed, epoch)}, start=self._preparation_end))
-        del bag["draw"]
-        if self._prepared is not None:
-            # What no draw replaced is the kept tensor itself, and whoever gets the bag may change it.
-            kept = {
-                name for name, value in bag.items() if isinstance(value, torch.Tensor) and value is prepared.get(name)
-            }
-            bag.update({name: bag[name].clone() for name in kept})
-        return bag
+        if self._cache is None:
+            prepared = self._read_drawn(index, epoch)
+            if "refusal" not in prepared:
+                return prepared
+        else:
+            if isinstance(made := self._made[index], str):
+                try:
+                    return self._read(self._cache, made, index, epoch)
+                except DamagedEntry:
+                    made = self._made[index] = self._make(self._cache, index, thorough=True) or made
+            if isinstance(made, str):
+                return self._read(self._cache, made, index, epoch)
+            prepared = made
+        self._raise_refused([prepared])
+        return dict(prepared)
+
+    def _read_drawn(self, index: int, epoch: int) -> dict[str, Any]:
+        """A bag straight from the scan, of which only the drawn slices are decoded where that is enough."""
+        steps, start = self.transform.transforms, self._preparation_end
+
+        def by_slices(case: dict[str, Any]) -> dict[str, Any]:
+            nonlocal start
+            bag = prepare_drawn({**case, "draw": (self.seed, epoch)}, steps[:start], steps[start]) if draws else None
+            if bag is None:
+                return self._whole(case)
+            start += 1
+            return bag
+
+        draws = start < len(steps)
+        prepared = self._prepare(index, by_slices)
+        return prepared if "refusal" in prepared else self._drawn(prepared, epoch, start)
+
+    def _read(self, cache: SliceCache, key: str, index: int, epoch: int) -> dict[str, Any]:
+        entry = cache.open(key)
+        bag, start = entry.bag(self.data[index]), self._preparation_end
+        draws = self.transform.transforms[start:]
+        if draws and draws_by_number(draws[0]):
+            bag = dict(self.transform({**bag, "draw": (self.seed, epoch)}, start=start, end=start + 1))
+            start += 1
+        bag["image"] = entry.slices(bag["image"])
+        return self._drawn(bag, epoch, start)
+
+    def _drawn(self, bag: Mapping[str, Any], epoch: int, start: int) -> dict[str, Any]:
+        drawn = dict(self.transform({**bag, "draw": (self.seed, epoch)}, start=start))
+        del drawn["draw"]
+        return drawn
+
+
+class _Making(Dataset[tuple[int, Any]]):
+    """Makes the entry of a case when it is asked for. Wrong input is given, not raised: it keeps its type so."""
+
+    def __init__(self, dataset: BagDataset, cache: SliceCache, wait: bool) -> None:
+        self.dataset, self.cache, self.wait = dataset, cache, wait
+
+    def __getitem__(self, index: int) -> tuple[int, str | dict[str, Any] | InputError | None]:
+        try:
+            return index, self.dataset._make(self.cache, index, self.wait)
+        except InputError as error:
+            return index, error
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 def watched(dataset: BagDataset, draw: Transform, count: int) -> BagDataset:
@@ -111,10 +245,10 @@ def watched(dataset: BagDataset, draw: Transform, count: int) -> BagDataset:
     """
     chosen = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, min(max(1, count), len(dataset)))})
     steps = [*dataset.transform.transforms[: dataset._preparation_end], draw]
-    part = BagDataset([dataset.data[i] for i in chosen], Compose(steps), seed=dataset.seed, cache=False)
-    part._preparation_end = dataset._preparation_end
-    if dataset._prepared is not None:
-        part._prepared = [dataset._prepared[i] for i in chosen]
+    part = BagDataset([dataset.data[i] for i in chosen], Compose(steps), seed=dataset.seed)
+    part._preparation_end, part._cache = dataset._preparation_end, dataset._cache
+    if dataset._cache is not None:
+        part._steps, part._made = dataset._steps, [dataset._made[i] for i in chosen]
     return part
 
 

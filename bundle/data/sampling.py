@@ -12,7 +12,14 @@ from monai.transforms import RandomizableTrait, Transform
 from ..errors import InputError
 from .transforms import take_slices
 
-__all__ = ["AllSlicesd", "DrawTransform", "RandomSlicesd", "StratifiedSlicesd", "UniformSlicesd"]
+__all__ = [
+    "AllSlicesd",
+    "DrawTransform",
+    "RandomSlicesd",
+    "StratifiedSlicesd",
+    "UniformSlicesd",
+    "draws_by_number",
+]
 
 
 class DrawTransform(Transform, RandomizableTrait):
@@ -79,3 +86,8 @@ class AllSlicesd(_Slices):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         return dict(data)
+
+
+def draws_by_number(step: Any) -> bool:
+    """Whether a step draws slices and looks at their number alone: it may be given anything that has as many items."""
+    return type(step).__call__ in (_Slices.__call__, AllSlicesd.__call__)

@@ -13,6 +13,7 @@ from monai.transforms import Compose, Transform
 from torch.utils.data import DataLoader
 
 from bundle.data.augment import RandBagAffined, RandSliceIntensityd
+from bundle.data.cache import SliceCache
 from bundle.data.collate import collate_bags
 from bundle.data.dataset import BagDataset, BagSampler, watched
 from bundle.data.sampling import AllSlicesd, RandomSlicesd
@@ -28,10 +29,10 @@ class Prepare(Transform):
     """A bag whose voxels are a function of the case; refuses where the case says so. Counts its calls."""
 
     def __init__(self) -> None:
-        self.calls: list[str] = []
+        self._calls: list[str] = []
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        self.calls.append(data["case"])
+        self._calls.append(data["case"])
         if data.get("broken") == "refusal":
             raise Refusal("non_finite", "3 voxels are not a number.")
         if data.get("broken") == "bug":
@@ -55,6 +56,11 @@ def cases(count: int = 7) -> list[dict[str, Any]]:
 def dataset(data: list[dict[str, Any]] | None = None, draws: list[Any] | None = None, **more: Any) -> BagDataset:
     steps = [RandomSlicesd(6), RandBagAffined(), RandSliceIntensityd()] if draws is None else draws
     return BagDataset(cases() if data is None else data, Compose([Prepare(), *steps]), progress=False, **more)
+
+
+def exact(folder: Path) -> SliceCache:
+    """A cache from which bags come back as they were."""
+    return SliceCache(folder / "cache", cache_type="float32")
 
 
 def every(data: BagDataset) -> list[dict[str, Any]]:
@@ -83,14 +89,14 @@ def assert_equal_bags(one: dict[str, dict[str, Any]], two: dict[str, dict[str, A
 
 
 @forks
-def test_same_bags_with_any_number_of_workers_cache_and_batch_size() -> None:
-    data = dataset(seed=3)
+def test_same_bags_with_any_number_of_workers_cache_and_batch_size(tmp_path: Path) -> None:
+    data = dataset(seed=3, cache=exact(tmp_path))
     epochs = {epoch: epoch_of(data, epoch) for epoch in (0, 1)}
     assert not torch.equal(epochs[0]["c6"]["image"], epochs[1]["c6"]["image"])
     for workers in (1, 2):
         for batch_size in (1, 3):
             assert_equal_bags(epoch_of(data, 1, workers, batch_size), epochs[1])
-    uncached = dataset(seed=3, cache=False)
+    uncached = dataset(seed=3)
     for workers in (0, 2):
         assert_equal_bags(epoch_of(uncached, 1, workers), epochs[1])
 
@@ -130,14 +136,17 @@ def test_an_index_alone_is_epoch_0() -> None:
     assert [bag["case"] for bag in every(data)] == [f"c{i}" for i in range(7)]
 
 
-def test_preparation_is_done_once_with_a_cache_and_each_time_without() -> None:
-    cached, uncached = dataset(), dataset(cache=False)
+def test_preparation_is_done_once_with_a_cache_and_each_time_without(tmp_path: Path) -> None:
+    cached, uncached = dataset(cache=exact(tmp_path)), dataset()
     for data, expected in ((cached, 1), (uncached, 3)):
         for _ in range(3):
             for i in range(7):
                 data[i]
         prepare = data.transform.transforms[0]
-        assert [prepare.calls.count(f"c{i}") for i in range(7)] == [expected] * 7
+        assert [prepare._calls.count(f"c{i}") for i in range(7)] == [expected] * 7
+    again = dataset(cache=exact(tmp_path))
+    assert torch.equal(again[6]["image"], uncached[6]["image"])
+    assert again.transform.transforms[0]._calls == []
 
 
 class Darken(Transform):
@@ -145,17 +154,17 @@ class Darken(Transform):
         return {**data, "image": data["image"] / 2}
 
 
-def test_what_follows_the_first_draw_is_done_each_time() -> None:
+def test_what_follows_the_first_draw_is_done_each_time(tmp_path: Path) -> None:
     """A transform without chance after a draw is not part of the kept preparation."""
-    data = dataset(draws=[AllSlicesd(), Darken()])
+    data = dataset(draws=[AllSlicesd(), Darken()], cache=exact(tmp_path))
     plain = dataset(draws=[])
     for _ in range(2):
         assert torch.equal(data[2]["image"], plain[2]["image"] / 2)
 
 
 @pytest.mark.parametrize("draws", [[], [AllSlicesd()], [RandomSlicesd(100)], [RandomSlicesd(3)]])
-def test_kept_cases_are_not_changed_through_what_was_given(draws: list[Any]) -> None:
-    data = dataset(draws=draws)
+def test_kept_cases_are_not_changed_through_what_was_given(draws: list[Any], tmp_path: Path) -> None:
+    data = dataset(draws=draws, cache=exact(tmp_path))
     before = copy.deepcopy(data[5])
     given = data[5]
     for key in ("image", "slice_index", "slice_position", "slice_label"):
@@ -169,10 +178,10 @@ def test_kept_cases_are_not_changed_through_what_was_given(draws: list[Any]) -> 
         assert torch.equal(again[key], before[key])
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_given_cases_are_not_changed(cache: bool) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_given_cases_are_not_changed(cached: bool, tmp_path: Path) -> None:
     mine = cases()
-    data = dataset(mine, cache=cache)
+    data = dataset(mine, cache=exact(tmp_path) if cached else None)
     data[3]
     assert mine == cases()
 
@@ -184,22 +193,24 @@ def broken() -> list[dict[str, Any]]:
     return data
 
 
-def test_refusals_are_collected_one_line_a_case() -> None:
-    with pytest.raises(InputError) as caught:
-        dataset(broken())
-    assert str(caught.value).splitlines() == [
-        "case c1: 3 voxels are not a number.",
-        "case c4: The folder should hold two files.",
-    ]
-    late = dataset(broken(), cache=False)
+@forks
+def test_refusals_are_collected_one_line_a_case(tmp_path: Path) -> None:
+    for workers in (0, 2):
+        with pytest.raises(InputError) as caught:
+            dataset(broken(), cache=exact(tmp_path), num_workers=workers)
+        assert str(caught.value).splitlines() == [
+            "case c1: 3 voxels are not a number.",
+            "case c4: The folder should hold two files.",
+        ]
+    late = dataset(broken())
     assert late[0]["case"] == "c0"
     with pytest.raises(InputError, match=r"^case c1: 3 voxels are not a number\.$"):
         late[1]
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_refused_cases_are_kept_where_asked(cache: bool) -> None:
-    data = dataset(broken(), cache=cache, keep_refused=True)
+@pytest.mark.parametrize("cached", [True, False])
+def test_refused_cases_are_kept_where_asked(cached: bool, tmp_path: Path) -> None:
+    data = dataset(broken(), cache=exact(tmp_path) if cached else None, keep_refused=True)
     for i, code in ((1, "non_finite"), (4, "modalities_incomplete")):
         bag = data[2, i]
         assert bag["refusal"].code == code
@@ -216,9 +227,9 @@ def test_refused_cases_are_kept_where_asked(cache: bool) -> None:
 
 @forks
 def test_a_refusal_comes_out_of_a_worker_whole() -> None:
-    data = dataset(broken(), cache=False, keep_refused=True)
+    data = dataset(broken(), keep_refused=True)
     loader = DataLoader(data, sampler=BagSampler(7), num_workers=2, collate_fn=collate_bags, batch_size=1)
-    refusals = {batch["case"][0]: batch["refusal"][0] for batch in loader if "refusal" in batch}
+    refusals = {case["case"]: case["refusal"] for batch in loader for case in batch.get("refused", [])}
     assert {case: (r.code, r.sentence) for case, r in refusals.items()} == {
         "c1": ("non_finite", "3 voxels are not a number."),
         "c4": ("modalities_incomplete", "The folder should hold two files."),
@@ -229,7 +240,7 @@ def test_a_mistake_of_the_programmer_is_no_refusal() -> None:
     data = cases()
     data[1]["broken"] = "bug"
     with pytest.raises(RuntimeError) as caught:
-        dataset(data, keep_refused=True)
+        every(dataset(data, keep_refused=True))
     assert input_error_behind(caught.value) is None
 
 
@@ -238,16 +249,16 @@ def test_a_negative_seed_is_refused() -> None:
         dataset(seed=-1)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_watched_cases_share_the_preparation(cache: bool) -> None:
-    data = dataset(cache=cache, seed=3)
+@pytest.mark.parametrize("cached", [True, False])
+def test_watched_cases_share_the_preparation(cached: bool, tmp_path: Path) -> None:
+    data = dataset(cache=exact(tmp_path) if cached else None, seed=3)
     part = watched(data, AllSlicesd(), 3)
     assert [bag["case"] for bag in every(part)] == ["c0", "c3", "c6"]
     plain = dataset(draws=[])
     for bag, i in zip(every(part), (0, 3, 6), strict=True):
         assert torch.equal(bag["image"], plain[i]["image"])
-    if cache:
-        assert len(data.transform.transforms[0].calls) == 7
+    if cached:
+        assert len(data.transform.transforms[0]._calls) == 7
     assert len(watched(data, AllSlicesd(), 100)) == 7
     assert len(watched(data, AllSlicesd(), 1)) == 1
     drawn = watched(data, RandomSlicesd(2), 7)
@@ -341,7 +352,7 @@ def refusal_of(image: Any, **settings: Any) -> InputError:
     for secret in ("CANARY", "/tmp", "private"):
         assert secret not in sentence
     with pytest.raises(InputError) as told:
-        BagDataset([{"case": "c", "image": image}], Compose(preparation(**settings)), progress=False)
+        BagDataset([{"case": "c", "image": image}], Compose(preparation(**settings)), progress=False)[0]
     assert str(told.value) == f"case c: {sentence}"
     return found
 
@@ -419,7 +430,7 @@ def test_fewer_slices_than_the_policy_allows(tmp_path: Path) -> None:
 def test_truth_of_too_many_slices_ends_as_one_sentence(tmp_path: Path) -> None:
     case = {"case": "c", "image": save(tmp_path / "private.nii", head()), "slice_label": [0] * 13}
     with pytest.raises(InputError, match="^case c: the slice truth lists 13 slices, the volume has 12") as caught:
-        BagDataset([case], Compose(preparation()), progress=False)
+        BagDataset([case], Compose(preparation()), progress=False)[0]
     assert "\n" not in str(caught.value)
 
 

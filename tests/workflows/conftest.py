@@ -63,7 +63,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command += ["--out", str(folder / "datalist.json"), "--folds", "3", "--slices", str(folder / "slices.csv")]
     command += ["--slice_case", "case", "--slice_index", "k", "--slice_label", "lesion"]
     subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "cache_dir": str(folder / "cache")}))
     return folder
 
 

@@ -111,7 +111,7 @@ def test_four_modalities_of_brats_layout_train_and_classify(tmp_path, monai, cap
     assert [Path(image).name for image in first["image"]] == expected
 
     tiny = tmp_path / "tiny.yaml"
-    tiny.write_text(yaml.safe_dump(ONE_EPOCH))
+    tiny.write_text(yaml.safe_dump({**ONE_EPOCH, "cache_dir": str(tmp_path / "cache")}))
     run = tmp_path / "run"
     files = ["configs/train.yaml", "configs/data_brats_grade.yaml", str(tiny)]
     monai("run", "--config_file", str(files), "--dataset_dir", str(data), "--output_dir", str(run))
@@ -152,7 +152,7 @@ def test_a_medmnist_file_trains_on_its_official_splits(tmp_path, monai, capsys):
         {"training": 8, "validation": 4, "test": 4}
     ]
     tiny = tmp_path / "tiny.yaml"
-    tiny.write_text(yaml.safe_dump(ONE_EPOCH))
+    tiny.write_text(yaml.safe_dump({**ONE_EPOCH, "cache_dir": str(tmp_path / "cache")}))
     run = tmp_path / "run"
     files = ["configs/train.yaml", "configs/data_medmnist3d.yaml", str(tiny)]
     monai("run", "--config_file", str(files), "--dataset_dir", str(data), "--output_dir", str(run))

@@ -1,4 +1,4 @@
-"""Training on kept features of a frozen encoder, through the command line: the same run, and weights for whole scans."""
+"""Training on kept features of a frozen encoder, through the command line: the same run, weights for whole scans."""
 
 import csv
 import json

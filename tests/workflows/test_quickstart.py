@@ -81,7 +81,8 @@ def test_shuffled_labels_teach_nothing(tmp_path, monai):
                 "folds": [fold]}  # fmt: skip
     (tmp_path / "datalist.json").write_text(json.dumps(datalist))
     arguments = ["--dataset_dir", str(tmp_path / "cohort"), "--datalist", str(tmp_path / "datalist.json"),
-                 "--output_dir", str(tmp_path / "out"), "--stability_interval", "0", "--progress", "false"]  # fmt: skip
+                 "--output_dir", str(tmp_path / "out"), "--stability_interval", "0", "--progress", "false",
+                 "--cache_dir", str(tmp_path / "cache")]  # fmt: skip
     files = ["configs/train.yaml", "configs/quickstart.yaml"]
     monai("run", "--config_file", str(files), *arguments, timeout=1800)
     monai("run", "--config_file", str([*files, "configs/evaluate.yaml"]), *arguments, timeout=900)
