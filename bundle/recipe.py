@@ -44,8 +44,8 @@ ARGUMENTS_OF_MONAI = (
 # Settings that give the weights their meaning; what these refer to belongs to them.
 RECIPE_KEYS = (
     "network_def", "preparation", "eval_sampling", "class_names", "channels", "channel_files", "norm", "scorer",
-    "selection", "sampling_strategy", "bag_size", "slicing_axis", "spacing", "image_size", "intensity", "neighbours",
-    "blank_slices", "reader_policy", "top_k", "dropout", "threshold",
+    "selection", "sampling_strategy", "bag_size", "slicing_axis", "spacing", "crop_margin", "image_size", "intensity",
+    "neighbours", "blank_slices", "reader_policy", "top_k", "dropout", "threshold",
 )  # fmt: skip
 CHOICE = "bundle.choose"
 # Definitions that refer to the settings above, which are compared one by one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 
@@ -146,6 +147,7 @@ def _syntax_name(headers: Sequence[SliceHeader]) -> str:
     return f"({bad.name})" if bad is not None and bad.name != str(bad) else "(unknown)"
 
 
+@functools.cache
 def _can_decode(transfer_syntax: str) -> bool:
     try:
         with quiet_pydicom():

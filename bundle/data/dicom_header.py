@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import FileDataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from ..errors import Refusal
 from .dicom_frames import FRAME_SEQUENCES, FrameFacts, frame_facts, root_facts
@@ -31,8 +32,11 @@ from .dicom_tags import (
     words,
 )
 
-__all__ = ["SliceHeader", "is_image", "read_headers", "uid_of"]
+__all__ = ["PADDING_KEYWORDS", "PixelPlace", "SliceHeader", "is_image", "read_headers", "uid_of"]
 
+PADDING_KEYWORDS = ("PixelPaddingValue", "PixelPaddingRangeLimit")
+# What lies in these files is not what pixels are made of: bytes of words exchanged, or packed with all of the file.
+PARSED_SYNTAXES = {ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian}
 PIXEL_KEYWORDS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
@@ -70,6 +74,18 @@ class Part(NamedTuple):
     offset: int | None
 
 
+class PixelPlace(NamedTuple):
+    """Where the value of PixelData begins in its file, and what the reader needs from before it.
+
+    `before` is the CRC-32 of all bytes before the value, by which the file is known again; `padding` are the elements
+    PixelPaddingValue and PixelPaddingRangeLimit.
+    """
+
+    offset: int
+    before: int
+    padding: tuple[Any, Any]
+
+
 @dataclass(frozen=True)
 class SliceHeader:
     """The facts of one image: a single-frame DICOM file, or one frame of a multi-frame one.
@@ -89,6 +105,7 @@ class SliceHeader:
         concatenation: where the object is one of several that hold one image, or None.
         kernel: ConvolutionKernel, and whether ImageType begins with DERIVED: one volume is made in one way.
         stamp: size and time of the file when it was read.
+        pixels: where the pixel data lie, if they can be taken as they are; None where they have to be parsed.
         description: SeriesDescription; free text that may name a patient, to be matched and never to be shown unasked.
         facts: geometry, rescaling and contrast of this frame.
     """
@@ -128,6 +145,7 @@ class SliceHeader:
     pixel_bytes: int | None
     facts: FrameFacts
     stamp: list[int] = field(compare=False)
+    pixels: PixelPlace | None = field(compare=False)
 
     @property
     def is_enhanced(self) -> bool:
@@ -179,7 +197,7 @@ def read_headers(path: Path) -> list[SliceHeader]:
         Refusal: `unreadable_file`, `bad_tag`, `uid_absent`, `too_large`.
     """
     with quiet_pydicom():
-        dataset = read_dataset(path, HEADER_TAGS + PIXEL_KEYWORDS, 4096)
+        dataset = read_dataset(path, HEADER_TAGS + PADDING_KEYWORDS + PIXEL_KEYWORDS, 4096)
         if not _is_image(dataset):
             return []
         # A file that was cut: pydicom gives nothing where it ends within its pixels, and less where within its header.
@@ -232,6 +250,7 @@ def read_headers(path: Path) -> list[SliceHeader]:
             pixel_bytes=_pixel_bytes(dataset, path),
             facts=root_facts(dataset, B_VALUES),
             stamp=stamp(path),
+            pixels=_pixel_place(dataset, path, syntax),
         )
         if groups is None:
             return [header]
@@ -258,6 +277,19 @@ def _is_mosaic(dataset: FileDataset) -> bool:
     tiles = private_number(dataset, SIEMENS_MOSAIC, "SIEMENS MR HEADER")
     # VFRAME: the same of United Imaging.
     return not {"MOSAIC", "VFRAME"}.isdisjoint(words(dataset, "ImageType")) or (tiles is not None and tiles > 1)
+
+
+def _pixel_place(dataset: FileDataset, path: Path, syntax: str) -> PixelPlace | None:
+    element: Any = dataset.get_item("PixelData", keep_deferred=True) if "PixelData" in dataset else None
+    if syntax in PARSED_SYNTAXES or not known(syntax).is_transfer_syntax or not isinstance(element, RawDataElement):
+        return None
+    # What pydicom asks of an image and the reader does not check.
+    if integer(dataset, "SamplesPerPixel") != 1:
+        return None
+    with path.open("rb") as file:
+        before = zlib.crc32(file.read(element.value_tell))
+    padding = [dataset.get_item(keyword) if keyword in dataset else None for keyword in PADDING_KEYWORDS]
+    return PixelPlace(element.value_tell, before, (padding[0], padding[1]))
 
 
 def _pixel_bytes(dataset: FileDataset, path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -28,12 +29,18 @@ MAX_INFLATED_BYTES = 2**28
 # A file of nothing but empty elements takes minutes a gigabyte. 4000 frames of a scanner need a third of this.
 MAX_READS = 2_000_000
 PIXEL_DATA = 0x7FE00010
+# Enough for any file meta group but one that holds private information.
+META_BYTES = 4096
+# Value representations of which a file meta group consists, and whose length is written in two or in four bytes.
+SHORT_LENGTHS, LONG_LENGTHS = (b"UI", b"UL", b"SH", b"AE"), (b"OB",)
 _pydicom_lock = threading.RLock()
+_is_quiet = False
 
 
 def _renew_lock() -> None:
-    global _pydicom_lock
+    global _pydicom_lock, _is_quiet
     _pydicom_lock = threading.RLock()
+    _is_quiet = False
 
 
 if hasattr(os, "register_at_fork"):
@@ -47,18 +54,25 @@ def quiet_pydicom() -> Iterator[None]:
 
     Everything it warns about is either checked here or refused. One thread at a time: the switches are global.
     """
+    global _is_quiet
     logger = logging.getLogger("pydicom")
 
     def silence(record: logging.LogRecord) -> bool:
         return False
 
-    with _pydicom_lock, warnings.catch_warnings(), pydicom.config.disable_value_validation():
-        warnings.simplefilter("ignore")
-        logger.addFilter(silence)
-        try:
+    with _pydicom_lock:
+        if _is_quiet:  # by this thread, which holds the lock already
             yield
-        finally:
-            logger.removeFilter(silence)
+            return
+        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+            warnings.simplefilter("ignore")
+            logger.addFilter(silence)
+            _is_quiet = True
+            try:
+                yield
+            finally:
+                _is_quiet = False
+                logger.removeFilter(silence)
 
 
 def stamp(path: Path) -> list[int]:
@@ -106,8 +120,8 @@ class _Elements:
     pydicom keeps the last of two elements of one tag, and other programs the first.
     """
 
-    def __init__(self, wanted: Sequence[str | int], stop_before_pixels: bool) -> None:
-        self.wanted = {int(pydicom.tag.Tag(tag)) for tag in wanted}
+    def __init__(self, wanted: Sequence[BaseTag], stop_before_pixels: bool) -> None:
+        self.wanted = set(map(int, wanted))
         self.stop_before_pixels = stop_before_pixels
         self.seen: set[int] = set()
 
@@ -138,12 +152,12 @@ def read_dataset(
         Refusal: `unreadable_file`; `too_large` for a deflated file that unpacks beyond 256 MiB, or for a header of
             millions of tags; `bad_tag` where one of the tags stands twice.
     """
-    look = _Elements(tags, stop_before_pixels)
-    numbers: list[BaseTag | int] = [pydicom.tag.Tag(tag) for tag in tags]
+    look = _Elements(_tags(tuple(tags)), stop_before_pixels)
+    numbers: list[BaseTag | int] = list(_tags(tuple(tags)))
     try:
         with path.open("rb") as file:
-            meta = pydicom.filereader.read_file_meta_info(path)
-            if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            meta = pydicom.filereader.read_file_meta_info(path) if _may_be_deflated(file) else None
+            if meta is not None and meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
                 counted: Any = _CountedFile(io.BytesIO(_inflated(file)), str(path))
                 dataset = pydicom.filereader.read_dataset(
                     counted, False, True, stop_when=look, defer_size=defer_size, specific_tags=numbers
@@ -161,6 +175,27 @@ def read_dataset(
         raise Refusal("unreadable", "A file of the scan cannot be opened; look at its permissions.") from error
     except Exception as error:  # pydicom raises a dozen types on damaged files; none may pass for anything else
         raise unreadable() from error
+
+
+@functools.cache
+def _tags(tags: tuple[str | int, ...]) -> tuple[BaseTag, ...]:
+    return tuple(pydicom.tag.Tag(tag) for tag in tags)
+
+
+def _may_be_deflated(file: BinaryIO) -> bool:
+    """Whether the file meta group names the deflated transfer syntax, or is not plain enough to tell at a glance."""
+    head = file.read(META_BYTES)
+    file.seek(0)
+    place = 132
+    while head[place : place + 2] == b"\x02\x00":
+        kind = head[place + 4 : place + 6]
+        if kind in SHORT_LENGTHS:
+            place += 8 + int.from_bytes(head[place + 6 : place + 8], "little")
+        elif kind in LONG_LENGTHS:
+            place += 12 + int.from_bytes(head[place + 8 : place + 12], "little")
+        else:
+            return True
+    return place + 2 > len(head) or DeflatedExplicitVRLittleEndian.encode() in head[:place]
 
 
 def _inflated(file: BinaryIO) -> bytes:

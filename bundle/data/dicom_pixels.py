@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +18,7 @@ from pydicom.pixels import pixel_array
 from ..errors import Refusal
 from .codestream import codestream_facts, frame_spans
 from .decoder import decode_frames
-from .dicom_header import SliceHeader
+from .dicom_header import PADDING_KEYWORDS, SliceHeader
 from .dicom_parse import (
     quiet_pydicom,
     read_dataset,
@@ -63,8 +66,9 @@ def read_pixels(headers: Sequence[SliceHeader], accept_lossy: bool = True) -> Pi
     """
     columns, rows = headers[0].columns or 0, headers[0].rows or 0
     values = np.empty((columns, rows, len(headers)), dtype=np.float32, order="F")
-    layouts = {(h.bits_allocated, h.bits_stored, h.high_bit) for h in headers}
-    padded, lossy = 0, any(h.lossy for h in headers)
+    mixed = len({(h.bits_allocated, h.bits_stored, h.high_bit) for h in headers}) > 1
+    padded: dict[int, int] = {}
+    lossy = any(h.lossy for h in headers)
     files: dict[Path, list[int]] = {}
     for k, header in enumerate(headers):
         files.setdefault(header.path, []).append(k)
@@ -74,20 +78,26 @@ def read_pixels(headers: Sequence[SliceHeader], accept_lossy: bool = True) -> Pi
         lossy = lossy or lost
         if lossy and not accept_lossy:
             raise Refusal("lossy", "The pixels are compressed with loss, which this task does not accept.")
-        for k, (stored, padding, stray) in zip(places, _read_file(images), strict=True):
-            if stray and len(layouts) > 1:
+        for k, (stored, padding, stray) in zip(places, _read_file(images, mixed), strict=True):
+            if stray:
                 raise _mixed_format()
-            values[:, :, k] = _rescaled(stored, headers[k])
+            picture = values[:, :, k].T
+            _rescale(stored, headers[k], picture)
+            if padding is None:
+                continue
             if lost or headers[k].lossy:
-                padding |= _blurred_padding(values[:, :, k].T, padding, headers[k])
+                padding |= _blurred_padding(picture, padding, headers[k])
             if padding.any():
-                padded += int(padding.sum())
-                values[:, :, k][padding.T] = np.nan
+                padded[k] = int(padding.sum())
+                picture[padding] = np.nan
     if padded:
-        if padded == values.size:
+        if sum(padded.values()) == values.size:
             raise Refusal("only_padding", "Every pixel is marked as padding (PixelPaddingValue); nothing was measured.")
-        values[np.isnan(values)] = np.nanmin(values)
-    return Pixels(values, padded, lossy)
+        least = np.nanmin(values)
+        for k in padded:
+            picture = values[:, :, k]
+            picture[np.isnan(picture)] = least
+    return Pixels(values, sum(padded.values()), lossy)
 
 
 def _loses(headers: Sequence[SliceHeader]) -> bool:
@@ -95,8 +105,12 @@ def _loses(headers: Sequence[SliceHeader]) -> bool:
     first = headers[0]
     if not first.is_encapsulated:
         return False
-    with quiet_pydicom():
-        pixels = bytes(read_dataset(first.path, ("PixelData",), None).get("PixelData", b""))
+    if first.pixels is not None:
+        with _unchanged(first) as file:
+            pixels = file.read()
+    else:
+        with quiet_pydicom():
+            pixels = bytes(read_dataset(first.path, ("PixelData",), None).get("PixelData", b""))
     try:
         for span in frame_spans(pixels, first.frames, first.transfer_syntax):
             facts = codestream_facts(b"".join(pixels[start:end] for start, end in span), first.transfer_syntax)
@@ -107,13 +121,19 @@ def _loses(headers: Sequence[SliceHeader]) -> bool:
     return False
 
 
-def _rescaled(stored: Stored, header: SliceHeader) -> NDArray[np.float64]:
+def _rescale(stored: Stored, header: SliceHeader, out: NDArray[np.float32]) -> None:
     slope = 1.0 if header.facts.rescale_slope is None else header.facts.rescale_slope
     intercept = 0.0 if header.facts.rescale_intercept is None else header.facts.rescale_intercept
-    values = (stored.astype(np.float64) * slope + intercept).T
-    if not (np.abs(values) <= np.finfo(np.float32).max).all():
+    if slope == 1 and stored.itemsize <= 2 and abs(intercept) < 1 << 23 and float(intercept).is_integer():
+        np.add(stored, np.float32(intercept), out=out)  # whole numbers of 24 bits, which float32 holds as float64 does
+        return
+    values = np.multiply(stored, slope, dtype=np.float64)
+    values += intercept
+    most = float(np.finfo(np.float32).max)
+    # Of nearly every image the tags tell that no value can be too large.
+    if not abs(slope) * 2.0 ** (8 * stored.itemsize) + abs(intercept) <= most and not (np.abs(values) <= most).all():
         raise Refusal("bad_values", "The rescaled values of at least one image are beyond any measurement.")
-    return values
+    out[...] = values
 
 
 def _blurred_padding(values: NDArray[np.float32], padding: NDArray[np.bool_], header: SliceHeader) -> NDArray[np.bool_]:
@@ -130,24 +150,59 @@ def _mixed_format() -> Refusal:
     )
 
 
-def _read_file(headers: Sequence[SliceHeader]) -> Iterator[tuple[Stored, NDArray[np.bool_], bool]]:
-    """The images of one file: stored values, padding, and whether bits outside of the stored ones are used."""
+def _read_file(headers: Sequence[SliceHeader], mixed: bool) -> Iterator[tuple[Stored, NDArray[np.bool_] | None, bool]]:
+    """The images of one file: stored values, padding, and where layouts are mixed, whether other bits are used too."""
     first = headers[0]
-    with quiet_pydicom():
-        dataset = read_dataset(first.path, PIXEL_TAGS, None)
-        same = (str(dataset.get("SOPInstanceUID", "")).strip("\0 "), dataset.get("Rows"), dataset.get("Columns"))
-        if same != (first.sop_uid, first.rows, first.columns) or stamp(first.path) != first.stamp:
-            raise Refusal("file_changed", "A DICOM file changed while it was being read; read the folder again.")
-        limits = [
-            _padding(dataset, k, first.bits_allocated or 0) for k in ("PixelPaddingValue", "PixelPaddingRangeLimit")
-        ]
-        native = not first.is_encapsulated
-        frames = [h.frame or 0 for h in headers]
-        images = _native(dataset, frames) if native else _compressed(first.path, frames)
+    native = not first.is_encapsulated
+    frames = [h.frame or 0 for h in headers]
+    with quiet_pydicom() if first.pixels is None else nullcontext():
+        if first.pixels is None:
+            dataset = read_dataset(first.path, PIXEL_TAGS, None)
+            same = (str(dataset.get("SOPInstanceUID", "")).strip("\0 "), dataset.get("Rows"), dataset.get("Columns"))
+            if same != (first.sop_uid, first.rows, first.columns) or stamp(first.path) != first.stamp:
+                raise _changed()
+            elements = [dataset.get_item(k) if k in dataset else None for k in PADDING_KEYWORDS]
+            images = _native(dataset, frames) if native else _compressed(first.path, frames)
+        else:
+            elements = list(first.pixels.padding)
+            images = _plain(headers) if native else _compressed(first.path, frames)
+        limits = [_padding(*pair, first) for pair in zip(PADDING_KEYWORDS, elements, strict=True)]
         for raw in images:
             if raw.shape != (first.rows, first.columns) or raw.dtype.kind not in "iu":
                 raise _corrupt()
-            yield _interpreted(raw.astype(raw.dtype.newbyteorder("="), copy=False), first, native, limits)
+            yield _interpreted(raw.astype(raw.dtype.newbyteorder("="), copy=False), first, native, limits, mixed)
+
+
+def _changed() -> Refusal:
+    return Refusal("file_changed", "A DICOM file changed while it was being read; read the folder again.")
+
+
+@contextmanager
+def _unchanged(header: SliceHeader) -> Iterator[BinaryIO]:
+    """The file of a header at the first byte of its pixel data, if all that precedes them is as it was."""
+    assert header.pixels is not None
+    with header.path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        before = zlib.crc32(file.read(header.pixels.offset))
+        if [status.st_size, status.st_mtime_ns] != header.stamp or before != header.pixels.before:
+            raise _changed()
+        yield file
+
+
+def _plain(headers: Sequence[SliceHeader]) -> Iterator[Stored]:
+    """Frames that lie in the file as they are."""
+    first = headers[0]
+    assert first.pixels is not None
+    allocated = (first.bits_allocated or 0) // 8
+    dtype = np.dtype(f"<{'i' if first.pixel_representation == 1 else 'u'}{allocated}")
+    count = (first.rows or 0) * (first.columns or 0)
+    with _unchanged(first) as file:
+        for header in headers:
+            file.seek(first.pixels.offset + (header.frame or 0) * count * allocated)
+            values = np.frombuffer(file.read(count * allocated), dtype=dtype)
+            if len(values) != count:
+                raise _corrupt()
+            yield values.reshape(first.rows or 0, first.columns or 0)
 
 
 def _native(dataset: FileDataset, frames: Sequence[int]) -> Iterator[Stored]:
@@ -173,12 +228,12 @@ def _corrupt() -> Refusal:
 
 
 def _interpreted(
-    raw: Stored, header: SliceHeader, native: bool, limits: Sequence[int | None]
-) -> tuple[Stored, NDArray[np.bool_], bool]:
+    raw: Stored, header: SliceHeader, native: bool, limits: Sequence[int | None], mixed: bool
+) -> tuple[Stored, NDArray[np.bool_] | None, bool]:
     allocated, signed = header.bits_allocated or 0, header.pixel_representation == 1
     bits, high = header.bits_stored or 0, header.high_bit or 0
     stored = stored_values(raw, allocated, bits, high, signed) if native else raw
-    padding = np.zeros(stored.shape, dtype=bool)
+    padding = None
     if limits[0] is not None:
         first = limits[0]
         last = first if limits[1] is None else limits[1]
@@ -187,14 +242,14 @@ def _interpreted(
         if native and first == last:
             # A padding value may need more bits than are stored; then only the pixel as written matches.
             padding |= raw.view(f"u{raw.dtype.itemsize}") == first
-    if not native:
+    if not (native and mixed):
         return stored, padding, False
-    return stored, padding, bool(holds_more(raw, stored, bits, high)[~padding].any())
+    more = holds_more(raw, stored, bits, high)
+    return stored, padding, bool((more if padding is None else more & ~padding).any())
 
 
-def _padding(dataset: FileDataset, keyword: str, allocated: int) -> int | None:
+def _padding(keyword: str, element: Any, header: SliceHeader) -> int | None:
     # The bytes themselves: many files give the tag the wrong of its two types (US, SS).
-    element: Any = dataset.get_item(keyword) if keyword in dataset else None
     if element is None or element.value in (None, b"", ""):
         return None
     try:
@@ -204,8 +259,9 @@ def _padding(dataset: FileDataset, keyword: str, allocated: int) -> int | None:
             number = int(element.value)
     except (TypeError, ValueError) as error:
         raise Refusal("bad_tag", f"The DICOM tag {keyword} holds no valid value in at least one image.") from error
+    allocated = header.bits_allocated or 0
     # Two bytes, to be read as a pixel of the given width; a negative value keeps its meaning in wider pixels.
-    if allocated == 32 and number >= 1 << 15 and dataset.get("PixelRepresentation") == 1:
+    if allocated == 32 and number >= 1 << 15 and header.pixel_representation == 1:
         number -= 1 << 16
     return number % (1 << allocated)
 

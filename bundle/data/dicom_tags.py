@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pydicom.config
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from ..errors import Refusal
@@ -34,9 +36,15 @@ ITEM = b"\xfe\xff\x00\xe0"
 UID_PATTERN = re.compile(r"[0-9.]{1,64}")
 
 
+@functools.cache
+def _tag(keyword: str) -> BaseTag:
+    return Tag(keyword)
+
+
 def _value(dataset: Dataset, keyword: str) -> Any:
+    tag = _tag(keyword)
     try:
-        return dataset[keyword].value if keyword in dataset else None
+        return dataset[tag].value if tag in dataset else None
     except Exception as error:  # pydicom converts on access, and raises what the conversion raises
         raise _bad_tag(keyword) from error
 
@@ -56,7 +64,7 @@ def numbers(dataset: Dataset, keyword: str, count: int) -> tuple[float, ...] | N
         return None
     try:
         values = list(value) if isinstance(value, MultiValue) else [value]
-        if any("_" in str(getattr(v, "original_string", v)) for v in values):
+        if any(type(v) is not int and "_" in str(getattr(v, "original_string", v)) for v in values):
             raise _bad_tag(keyword)  # 1_5 is a number to Python alone
         found = tuple(float(v) for v in values)
     except (TypeError, ValueError) as error:
@@ -87,7 +95,7 @@ def items(dataset: Dataset, keyword: str) -> list[Dataset] | None:
     Raises:
         Refusal: `bad_tag` where it cannot be parsed.
     """
-    element: Any = dataset.get_item(keyword) if keyword in dataset else None
+    element: Any = dataset.get_item(_tag(keyword)) if _tag(keyword) in dataset else None
     packed = getattr(element, "value", None)
     if isinstance(packed, bytes) and packed.count(ITEM) > MAX_ITEMS:
         raise endless()
@@ -158,6 +166,7 @@ def uid(dataset: Dataset, keyword: str) -> str | None:
     return value or None
 
 
+@functools.lru_cache(maxsize=1024)
 def known(text: str) -> UID:
     """The UID with pydicom's knowledge of it, without its warnings, which quote it."""
     return UID(text, pydicom.config.IGNORE)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from monai.config import KeysCollection, PathLike
 from monai.data import ImageReader, MetaTensor
 from monai.transforms import MapTransform
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import InputError, Refusal
 from .dicom_files import DicomFiles
 from .grid import corner_distance
-from .policy import ReaderPolicy
+from .policy import ReaderPolicy, SeriesRules
 from .series import read_volume
 from .volume import Volume
 
@@ -168,13 +169,18 @@ class LoadImageStrictd(MapTransform):
             InputError: a path does not exist.
         """
         out = dict(data)
-        reader, rules = self.reader, out.pop("series_rules", None)
-        if rules is not None:
-            reader = VolumeReader(reader.channels, replace(reader.policy, series=rules))
+        reader = self.reader_of(out.pop("series_rules", None))
         for key in self.key_iterator(out):
             array, meta = reader.get_data(reader.read(out[key]))
             array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
             meta[MetaKeys.ORIGINAL_CHANNEL_DIM] = 0
-            # One memory layout whatever the format: later transforms walk the array slice by slice.
-            out[key] = MetaTensor.ensure_torch_and_prune_meta(np.ascontiguousarray(array), meta)
+            # One memory layout whatever the format, slice by slice, as later transforms walk the array.
+            laid_out = torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 2, 1))).permute(0, 3, 2, 1)
+            out[key] = MetaTensor.ensure_torch_and_prune_meta(laid_out, meta)
         return out
+
+    def reader_of(self, rules: SeriesRules | None) -> VolumeReader:
+        """The reader of a case that brings series rules of its own, or None."""
+        if rules is None:
+            return self.reader
+        return VolumeReader(self.reader.channels, replace(self.reader.policy, series=rules))

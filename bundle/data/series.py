@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError, Refusal, command_line
 from .dicom_checks import check_images, check_one_series
 from .dicom_copies import drop_copies
 from .dicom_files import DicomFiles, files_below, has_dicom_content, looks_like_dicom
 from .dicom_gaps import check_extent, truncated
-from .dicom_geometry import arrange
+from .dicom_geometry import Arrangement, arrange
 from .dicom_header import SliceHeader
 from .dicom_pixels import read_pixels
 from .grid import tilt_of
@@ -27,7 +30,7 @@ from .policy import ReaderPolicy
 from .series_choice import FoundSeries, choose_series, find_series
 from .volume import Volume
 
-__all__ = ["read_series", "read_volume"]
+__all__ = ["PlannedSeries", "plan_volume", "read_planned", "read_series", "read_volume"]
 
 
 def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = None, channels: int = 1) -> Volume:
@@ -53,8 +56,14 @@ def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = Non
     policy = policy or ReaderPolicy()
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise InputError(f"channels must be a whole number of at least 1, got {channels!r}")
-    try:
+    with _names_no_path():
         return _corrected(_read(path, policy, channels), policy)
+
+
+@contextmanager
+def _names_no_path() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:  # whose own words name the path, which may name the patient
         raise Refusal(
             "unreadable",
@@ -63,26 +72,35 @@ def read_volume(path: str | Path | DicomFiles, policy: ReaderPolicy | None = Non
 
 
 def _read(path: str | Path | DicomFiles, policy: ReaderPolicy, channels: int) -> Volume:
+    if (files := _dicom_files(path)) is not None:
+        return _read_dicom(files, policy, channels)
+    assert not isinstance(path, DicomFiles)
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise _not_an_image()
+    if is_nifti_name(path) or has_nifti_content(path):
+        return _described(read_nifti(path, policy, channels), policy)
+    if is_metaimage_name(path):
+        return _described(read_metaimage(path, policy, channels), policy)
+    if is_nrrd_name(path):
+        return _described(read_nrrd(path, policy, channels), policy)
+    raise _not_an_image()
+
+
+def _dicom_files(path: str | Path | DicomFiles) -> Sequence[Path] | None:
+    """The files of a scan in DICOM, junk among them; None where it is something else."""
     if isinstance(path, DicomFiles):
-        return _read_dicom(path.paths, policy, channels)
+        return path.paths
     path = Path(path).expanduser()
     if not path.exists():
         raise Refusal("missing_file", "The scan does not exist: its file or folder was moved or never copied.")
     if path.is_dir():
-        volume = _read_dicom(files_below(path), policy, channels)
-    elif not path.is_file():
-        raise _not_an_image()
-    elif is_nifti_name(path) or has_nifti_content(path):
-        volume = _described(read_nifti(path, policy, channels), policy)
-    elif is_metaimage_name(path):
-        volume = _described(read_metaimage(path, policy, channels), policy)
-    elif is_nrrd_name(path):
-        volume = _described(read_nrrd(path, policy, channels), policy)
-    elif has_dicom_content(path) or looks_like_dicom(path):
-        volume = _read_dicom([path], policy, channels)
-    else:
-        raise _not_an_image()
-    return volume
+        return files_below(path)
+    if not path.is_file() or is_nifti_name(path) or has_nifti_content(path):
+        return None
+    if is_metaimage_name(path) or is_nrrd_name(path):
+        return None
+    return [path] if has_dicom_content(path) or looks_like_dicom(path) else None
 
 
 def _not_an_image() -> Refusal:
@@ -105,18 +123,93 @@ def _described(volume: Volume, policy: ReaderPolicy) -> Volume:
 
 
 def _read_dicom(files: Sequence[Path], policy: ReaderPolicy, channels: int) -> Volume:
-    study = find_series(files)
-    volume = read_series(choose_series(study, policy), policy)
+    volume = read_planned(_plan(files, policy), policy)
     if channels != 1:
         raise Refusal(
             "channel_count", f"A DICOM series is 1 channel; {channels} are expected.", found=1, expected=channels
         )
+    return volume
+
+
+def _plan(files: Sequence[Path], policy: ReaderPolicy) -> PlannedSeries:
+    study = find_series(files)
     passed_over = {
         "other_series": len(study.series) - 1,
         "other_objects": study.other_objects,
         "other_files": study.other_files,
     }
-    return replace(volume, facts={**volume.facts, **passed_over})
+    return replace(plan_series(choose_series(study, policy), policy), passed_over=passed_over)
+
+
+def plan_volume(path: str | Path | DicomFiles, policy: ReaderPolicy) -> PlannedSeries | None:
+    """Read everything of a DICOM scan but its pixels.
+
+    Args:
+        path: as for `read_volume`.
+        policy: limits of what is accepted.
+
+    Returns:
+        The series; None where the scan is no DICOM, or where the policy corrects something for which all pixels are
+        needed.
+
+    Raises:
+        Refusal: as `read_volume`, for everything that does not show in the pixels.
+    """
+    with _names_no_path():
+        files = _dicom_files(path)
+        planned = None if files is None else _plan(files, policy)
+    if planned is None:
+        return None
+    upright = round(planned.grid.tilt, 3) <= 0
+    kept = upright or policy.gantry_tilt != "resample"
+    return planned if kept and not (policy.n4_bias_correction and planned.headers[0].modality == "MR") else None
+
+
+@dataclass(frozen=True)
+class PlannedSeries:
+    """A series whose headers and geometry passed every check, and whose pixels are still in its files.
+
+    Args:
+        headers: its images, in order of position along row × column direction.
+        grid: how they make one volume.
+        copies: files left out as copies of others.
+        passed_over: how many other series, objects and files were with it.
+    """
+
+    headers: tuple[SliceHeader, ...]
+    grid: Arrangement
+    copies: int
+    passed_over: Mapping[str, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along X (columns), Y (rows) and Z (slices)."""
+        first = self.headers[0]
+        return first.columns or 0, first.rows or 0, len(self.headers)
+
+    def volume(self, array: NDArray[np.float32], facts: Mapping[str, Any]) -> Volume:
+        """The volume of these values and what was seen in the pixels."""
+        first = self.headers[0]
+        return Volume(
+            array=array,
+            affine=self.grid.affine,
+            modality=first.modality,
+            source="dicom",
+            slice_uids=tuple(h.sop_uid for h in self.headers),
+            series_uid=first.series_uid,
+            slice_positions=self.grid.positions,
+            frame_numbers=tuple((h.frame or 0) + 1 for h in self.headers) if first.frame is not None else None,
+            facts={
+                "tilt_degrees": round(self.grid.tilt, 3),
+                "spacing_mm": round(self.grid.spacing, 4),
+                "deviation_mm": round(self.grid.deviation, 4),
+                **facts,
+                "transfer_syntaxes": sorted({h.transfer_syntax for h in self.headers}),
+                "copies": self.copies,
+                "corrections": [],
+                **self.passed_over,
+            },
+        )
 
 
 def read_series(series: FoundSeries, policy: ReaderPolicy) -> Volume:
@@ -132,6 +225,11 @@ def read_series(series: FoundSeries, policy: ReaderPolicy) -> Volume:
     Raises:
         Refusal: they are not one uniform volume.
     """
+    return read_planned(plan_series(series, policy), policy)
+
+
+def plan_series(series: FoundSeries, policy: ReaderPolicy) -> PlannedSeries:
+    """Check and order one series whose files were found, without its pixels; as `read_series`."""
     if series.damage is not None:
         raise series.damage
     headers, copies = drop_copies(series.headers)
@@ -141,29 +239,31 @@ def read_series(series: FoundSeries, policy: ReaderPolicy) -> Volume:
     check_images(headers, policy)
     _check_size(headers, policy)
     grid = arrange(headers, policy)
-    ordered = [headers[i] for i in grid.order]
-    array, padding, lossy = read_pixels(ordered, policy.accept_lossy)
-    first = ordered[0]
-    return Volume(
-        array=array,
-        affine=grid.affine,
-        modality=first.modality,
-        source="dicom",
-        slice_uids=tuple(h.sop_uid for h in ordered),
-        series_uid=first.series_uid,
-        slice_positions=grid.positions,
-        frame_numbers=tuple((h.frame or 0) + 1 for h in ordered) if first.frame is not None else None,
-        facts={
-            "tilt_degrees": round(grid.tilt, 3),
-            "spacing_mm": round(grid.spacing, 4),
-            "deviation_mm": round(grid.deviation, 4),
-            "padding_voxels": padding,
-            "lossy": lossy,
-            "transfer_syntaxes": sorted({h.transfer_syntax for h in ordered}),
-            "copies": copies,
-            "corrections": [],
-        },
-    )
+    return PlannedSeries(tuple(headers[i] for i in grid.order), grid, copies, {})
+
+
+def read_planned(planned: PlannedSeries, policy: ReaderPolicy, places: Sequence[int] | None = None) -> Volume:
+    """Decode a planned series.
+
+    Args:
+        planned: the series.
+        policy: limits of what is accepted.
+        places: the slices to decode, in their order; None decodes all.
+
+    Returns:
+        The volume. With `places` its array holds those slices only, and everything else describes the whole series;
+        `facts` then say how many were decoded of how many.
+
+    Raises:
+        Refusal: pixels cannot be decoded.
+    """
+    headers = planned.headers if places is None else [planned.headers[place] for place in places]
+    with _names_no_path():
+        array, padding, lossy = read_pixels(headers, policy.accept_lossy)
+    facts: dict[str, Any] = {"padding_voxels": padding, "lossy": lossy}
+    if places is not None:
+        facts |= {"decoded_slices": len(headers), "slices": len(planned.headers)}
+    return planned.volume(array, facts)
 
 
 def _check_size(headers: Sequence[SliceHeader], policy: ReaderPolicy) -> None:

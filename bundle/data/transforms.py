@@ -65,6 +65,8 @@ class VolumeToBagd(SlicingTransform):
         InputError: when the slice truth lists more slices than the volume has.
     """
 
+    acts_on = "cut"
+
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
         for key in self.keys:
@@ -127,6 +129,8 @@ class ResizeAndPadd(KeysTransform):
         size: height and width in pixels.
     """
 
+    acts_on = "slices"
+
     def __init__(self, keys: KeysCollection, size: Sequence[int]) -> None:
         super().__init__(keys)
         if len(size) != 2 or any(not isinstance(side, int) or side < 8 for side in size):
@@ -166,16 +170,19 @@ class AddNeighboursd(KeysTransform):
         if neighbours < 0:
             raise InputError(f"neighbours must be 0 or more, not {neighbours}")
         self.neighbours = neighbours
+        self.acts_on = "slices" if neighbours == 0 else "volume"
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
         for key in self.keys:
             slices = out[key]
-            last, channels = len(slices) - 1, slices.shape[1]
+            out["own_channels"] = (self.neighbours * slices.shape[1], (self.neighbours + 1) * slices.shape[1])
+            if not self.neighbours:
+                continue
+            last = len(slices) - 1
             shifts = range(-self.neighbours, self.neighbours + 1)
             around = [slices[(torch.arange(last + 1) + shift).clamp(0, last)] for shift in shifts]
             out[key] = torch.cat(around, dim=1)
-            out["own_channels"] = (self.neighbours * channels, (self.neighbours + 1) * channels)
         return out
 
 
@@ -197,11 +204,15 @@ class DropBlankSlicesd(Transform):
         if not 0 <= min_foreground < 1:
             raise InputError(f"min_foreground must be in [0, 1), not {min_foreground}")
         self.threshold, self.min_foreground = threshold, min_foreground
+        self.acts_on = "slices" if min_foreground == 0 else "volume"
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         own = slice(*data.get("own_channels", (0, data["image"].shape[1])))
-        share = (data["image"][:, own].amax(dim=1) > self.threshold).float().mean(dim=(1, 2))  # (N,)
-        kept = torch.nonzero(share >= self.min_foreground).flatten().numpy()
+        slices = data["image"][:, own].numpy()
+        # The brightest channel exceeds a threshold where any does. In float32, as PyTorch takes a mean.
+        counts = np.array([np.count_nonzero((one > self.threshold).any(axis=0)) for one in slices], dtype=np.float32)
+        share = counts / np.float32(slices[0, 0].size)  # (N,)
+        kept = np.flatnonzero(share >= np.float32(self.min_foreground))
         if not len(kept):
             raise Refusal(
                 "all_slices_blank",
@@ -209,4 +220,4 @@ class DropBlankSlicesd(Transform):
                 f"exceeds {self.threshold}; check the intensity window",
                 slices=len(share),
             )
-        return take_slices(data, kept)
+        return dict(data) if len(kept) == len(share) else take_slices(data, kept)

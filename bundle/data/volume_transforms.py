@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import CropForeground, MapTransform, Spacing
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Spacing, SpatialCrop
+from monai.utils import MetaKeys
 from torch import Tensor
 
 from ..errors import InputError, Refusal
@@ -23,6 +26,7 @@ from .orientation import (
     plane_of,
     slice_axes,
 )
+from .percentiles import blocks_of, percentiles
 
 __all__ = [
     "CheckVolumed",
@@ -31,14 +35,21 @@ __all__ = [
     "OrientForSlicingd",
     "ResampleVolumed",
     "ScaleForegroundPercentilesd",
+    "ScaleWindowd",
     "SlicingTransform",
 ]
 
 
 class KeysTransform(MapTransform):
-    """A transform of the volumes or bags under some keys."""
+    """A transform of the volumes or bags under some keys.
+
+    `acts_on` says what a result depends on, with the parameters given: "geometry": where voxels lie and no value of
+    theirs; "check": nothing is changed, and a part that passes shows that the whole does; "slices": each slice by
+    itself; "pointwise": each voxel by itself; "volume": anything. `selective` relies on it.
+    """
 
     keys: tuple[str, ...]
+    acts_on = "volume"
 
 
 class SlicingTransform(KeysTransform):
@@ -49,6 +60,11 @@ class SlicingTransform(KeysTransform):
         if slicing_axis not in SLICING_AXES:
             raise InputError(f"slicing_axis must be one of {', '.join(SLICING_AXES)}, not {slicing_axis!r}")
         self.slicing_axis = slicing_axis
+
+
+def _plain(volume: Tensor) -> Tensor:
+    # Every operation on a MetaTensor copies its meta data.
+    return volume.as_tensor() if isinstance(volume, MetaTensor) else volume
 
 
 def _sheared(affine: np.ndarray, what: str) -> Refusal:
@@ -72,6 +88,8 @@ class OrientForSlicingd(SlicingTransform):
             pictures across the stack would be distorted.
     """
 
+    acts_on = "geometry"
+
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
         for key in self.keys:
@@ -83,9 +101,11 @@ class OrientForSlicingd(SlicingTransform):
             if lean(affine) > LEAN_DEGREES and change[2, 0] != SLICING_DIMENSION[plane]:
                 raise _sheared(affine, f"{plane} pictures across them would be distorted")
             flips = [1 + axis for axis in range(3) if change[axis, 1] < 0]
-            oriented = volume.flip(flips).permute(0, *(1 + int(axis) for axis in np.argsort(change[:, 0])))
-            oriented.affine = affine @ nib.orientations.inv_ornt_aff(change, volume.shape[1:])
-            out[key] = oriented
+            array = _plain(volume)
+            array = array.flip(flips) if flips else array
+            array = array.permute(0, *(1 + int(axis) for axis in np.argsort(change[:, 0])))
+            moved = affine @ nib.orientations.inv_ornt_aff(change, volume.shape[1:])
+            out[key] = MetaTensor(array, meta={**volume.meta, MetaKeys.AFFINE: torch.from_numpy(moved)})
         return out
 
 
@@ -96,16 +116,23 @@ class CheckVolumed(KeysTransform):
         Refusal: `constant_volume`.
     """
 
+    acts_on = "check"
+
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         for key in self.keys:
-            channels = data[key].flatten(start_dim=1)
-            low, high = channels.amin(dim=1), channels.amax(dim=1)
-            if not bool((high > low).any()):
-                values = ", ".join(f"{float(value):g}" for value in low)
+            channels = _plain(data[key])
+            if not any(_varies(channel) for channel in channels):
+                values = ", ".join(f"{float(channel.flatten()[0]):g}" for channel in channels)
                 raise Refusal(
                     "constant_volume", f"every voxel of the volume is {values}: there is nothing to see in it"
                 )
         return dict(data)
+
+
+def _varies(channel: Tensor) -> bool:
+    """Whether (X, Y, Z) voxels hold more than one value; the first slice tells, nearly always."""
+    first = channel[0, 0, 0]
+    return any(bool((part < first).any() or (part > first).any()) for part in channel.unbind(-1))
 
 
 class ResampleVolumed(KeysTransform):
@@ -128,6 +155,7 @@ class ResampleVolumed(KeysTransform):
         if spacing is not None and (len(spacing) != 3 or any(s == 0 for s in spacing)):
             raise InputError(f"spacing is three numbers in mm that are not 0, or null, not {spacing}")
         self.spacing = spacing
+        self.acts_on = "geometry" if spacing is None else "volume"
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
@@ -147,13 +175,22 @@ def foreground_threshold(values: np.ndarray) -> float:
 
     Percentiles, so that single hot voxels do not hide the body.
     """
-    floor, ceiling = np.percentile(values, [0.5, 99.5])
-    return float(floor + 0.1 * (ceiling - floor))
+    floor, ceiling = percentiles(values, [0.5, 99.5])
+    return floor + 0.1 * (ceiling - floor)
 
 
-def _foreground(volume: Tensor) -> Tensor:
-    """(1, X, Y, Z) bool: foreground in any channel."""
-    return torch.stack([channel > foreground_threshold(channel.numpy()) for channel in volume]).any(dim=0, keepdim=True)
+def _foreground_box(volume: np.ndarray) -> list[tuple[int, int]]:
+    """First and end of the foreground in any channel along the axes of (C, X, Y, Z); empty where there is none."""
+    plane = np.zeros(volume.shape[1:3], dtype=bool)
+    along = np.zeros(volume.shape[3], dtype=bool)
+    for channel in volume:
+        threshold = foreground_threshold(channel)
+        for k in range(channel.shape[2]):
+            found = channel[:, :, k] > threshold
+            along[k] |= found.any()
+            plane |= found
+    seen = [np.flatnonzero(line) for line in (plane.any(axis=1), plane.any(axis=0), along)]
+    return [(int(places[0]), int(places[-1]) + 1) for places in seen if len(places)]
 
 
 class CropToForegroundd(KeysTransform):
@@ -161,25 +198,67 @@ class CropToForegroundd(KeysTransform):
 
     Args:
         keys: of MetaTensors (C, X, Y, Z).
-        margin: voxels left around the box.
+        margin: voxels left around the box; None crops nothing.
     """
 
-    def __init__(self, keys: KeysCollection, margin: int = 2) -> None:
+    def __init__(self, keys: KeysCollection, margin: int | None = 2) -> None:
         super().__init__(keys)
-        if margin < 0:
-            raise InputError(f"margin must be 0 or more voxels, not {margin}")
+        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int) or margin < 0):
+            raise InputError(f"crop_margin must be a whole number of voxels of 0 or more, or null, not {margin!r}")
         self.margin = margin
+        self.acts_on = "geometry" if margin is None else "volume"
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        out = dict(data)
+        for key in self.keys if self.margin is not None else ():
+            box = _foreground_box(_plain(out[key]).numpy())
+            # An absent foreground (few voxels differ from the rest) leaves nothing to crop to.
+            if box:
+                first, end = np.array(box).T
+                first, end = np.maximum(first - self.margin, 0), np.minimum(end + self.margin, out[key].shape[1:])
+                out[key] = SpatialCrop(roi_start=first, roi_end=end)(out[key])
+        return out
+
+
+def _scaled(given: Tensor, ranges: Sequence[tuple[float, float]]) -> Tensor:
+    """(C, X, Y, Z) values, of each channel less its first number and divided by its second, clipped to [0, 1].
+
+    A slice at a time, while it is near the processor, and laid out slice by slice, as a bag along the last axis is.
+    """
+    scaled = given.new_empty([given.shape[axis] for axis in (3, 0, 2, 1)]).permute(1, 3, 2, 0)
+    for k in range(given.shape[3]):
+        for c, (low, extent) in enumerate(ranges):
+            part = scaled[c, :, :, k]
+            torch.sub(given[c, :, :, k], low, out=part)
+            part.div_(extent).clamp_(0.0, 1.0)
+    return scaled
+
+
+class ScaleWindowd(KeysTransform):
+    """Map a fixed window of values to [0, 1] and clip, for CT, whose units are Hounsfield units.
+
+    The values are those of MONAI's ScaleIntensityRanged with b_min 0, b_max 1 and clip, in less memory and time.
+
+    Args:
+        keys: of tensors (C, X, Y, Z).
+        low: what becomes 0.
+        high: what becomes 1.
+    """
+
+    acts_on = "pointwise"
+
+    def __init__(self, keys: KeysCollection, low: float, high: float) -> None:
+        super().__init__(keys)
+        if not low < high:
+            raise InputError(f"a window needs low < high, not {low} and {high}")
+        self.low, self.high = float(low), float(high)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
         for key in self.keys:
-            foreground = _foreground(out[key].as_tensor())
-            # An absent foreground (few voxels differ from the rest) leaves nothing to crop to.
-            if bool(foreground.any()):
-                box = CropForeground(
-                    select_fn=lambda _, found=foreground: found, margin=self.margin, allow_smaller=True
-                )
-                out[key] = box(out[key])
+            given = _plain(out[key])
+            scaled = _scaled(given, [(self.low, self.high - self.low)] * len(given))
+            out[key] = MetaTensor(scaled, meta=out[key].meta) if isinstance(out[key], MetaTensor) else scaled
         return out
 
 
@@ -203,21 +282,25 @@ class ScaleForegroundPercentilesd(KeysTransform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
         for key in self.keys:
-            volume = out[key].clone()
-            for channel in volume:
-                values = np.asarray(channel)
-                foreground = values[values > foreground_threshold(values)]
-                if foreground.size:
-                    low, high = np.percentile(foreground, [self.lower, self.upper])
-                else:  # fewer than 0.5% of the voxels differ from the rest
-                    low, high = values.min(), values.max()
-                if not high > low:  # as in binary shapes: the foreground becomes 1
-                    low = values.min()
-                # A channel may be constant (an absent sequence) where the volume is not: it becomes 0, also where
-                # resampling left rounding errors. The limit is relative: quantitative maps may hold values of 1e-9.
-                constant = float(high) - float(low) <= 1e-6 * max(abs(float(low)), abs(float(high)))
-                channel.sub_(float(low)).div_(1.0 if constant else float(high) - float(low)).clamp_(0.0, 1.0)
-                if constant:
-                    channel.zero_()
-            out[key] = volume
+            given = _plain(out[key])
+            ranges = [self._range(channel.numpy()) for channel in given]
+            scaled = _scaled(given, ranges)
+            for c, (_, extent) in enumerate(ranges):
+                if extent == math.inf:
+                    scaled[c] = 0.0
+            out[key] = MetaTensor(scaled, meta=out[key].meta) if isinstance(out[key], MetaTensor) else scaled
         return out
+
+    def _range(self, values: np.ndarray) -> tuple[float, float]:
+        """What is subtracted from a channel, and what the rest is divided by; infinity for a constant one."""
+        threshold = foreground_threshold(values)
+        if any(bool((block > threshold).any()) for block in blocks_of(values)):
+            low, high = percentiles(values, [self.lower, self.upper], above=threshold)
+        else:  # fewer than 0.5% of the voxels differ from the rest
+            low, high = float(values.min()), float(values.max())
+        if not high > low:  # as in binary shapes: the foreground becomes 1
+            low = float(values.min())
+        # A channel may be constant (an absent sequence) where the volume is not: it becomes 0, also where
+        # resampling left rounding errors. The limit is relative: quantitative maps may hold values of 1e-9.
+        constant = high - low <= 1e-6 * max(abs(low), abs(high))
+        return low, math.inf if constant else high - low

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bundle.data.augment import RandBagAffined, RandSliceIntensityd
 from bundle.errors import InputError
@@ -55,6 +56,30 @@ def test_a_draw_can_be_replayed_and_differs_between_epochs_cases_and_seeds(kind:
     assert not any(torch.allclose(other, here) for other in others)
     assert torch.equal(slices, kept)
     assert step(bag(slices))["label"] == 1
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_each_slice_is_changed_as_if_it_were_alone(count: int) -> None:
+    slices = textured(count, 2, 16, 20)
+    slices[:, :, :3] = 0
+    for epoch in range(6):
+        data = bag(slices, epoch=epoch)
+        affine, intensity = RandBagAffined(), RandSliceIntensityd()
+        matrix = affine.draw(affine.generator(data)) * [[1, 16 / 20, 1], [20 / 16, 1, 1]]
+        theta = torch.from_numpy(matrix).float().expand(count, 2, 3)
+        grid = functional.affine_grid(theta, list(slices.shape), align_corners=False)
+        assert torch.equal(affine(data)["image"], functional.grid_sample(slices, grid, align_corners=False))
+
+        generator = intensity.generator(data)
+        changed = generator.random(count) < 0.5
+        gain, offset, spread = generator.uniform([-1, -1, 0], 1, (count, 3)).T * changed
+        noise = torch.from_numpy(generator.standard_normal(slices.shape, dtype=np.float32))
+        out = intensity(data)["image"]
+        for n in range(count):
+            visible = (slices[n] > 0).float()
+            expected = slices[n] * float(1 + 0.1 * gain[n]) + visible * float(0.1 * offset[n])
+            expected = expected + visible * float(0.02 * spread[n]) * noise[n]
+            assert torch.equal(out[n], expected.clamp(0, 1))
 
 
 def test_parameters_are_drawn_apart_from_their_effect() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose
+from monai.transforms import Compose, ScaleIntensityRanged
 
 from bundle.data.orientation import nearest_axes
 from bundle.data.transforms import (
@@ -24,6 +24,7 @@ from bundle.data.volume_transforms import (
     OrientForSlicingd,
     ResampleVolumed,
     ScaleForegroundPercentilesd,
+    ScaleWindowd,
 )
 from bundle.errors import InputError, Refusal
 
@@ -544,6 +545,30 @@ def test_neighbours_equal_a_loop(neighbours: int) -> None:
                 channel += 1
     first, end = bag["own_channels"]
     assert torch.equal(bag["image"][:, first:end], slices)
+
+
+@pytest.mark.parametrize("window", [(0.0, 80.0), (-1000.0, 400.5), (0.1, 0.7)])
+def test_a_window_is_that_of_monai_to_the_last_bit(window: tuple[float, float]) -> None:
+    values = torch.randn(2, 9, 8, 7, generator=torch.Generator().manual_seed(3)) * 300
+    peer = ScaleIntensityRanged("image", *window, 0.0, 1.0, clip=True)
+    for given in (values, values.permute(0, 3, 1, 2), values[:, 1:6, ::2], MetaTensor(values)):
+        kept = given.clone()
+        found, expected = ScaleWindowd("image", *window)({"image": given})["image"], peer({"image": given})["image"]
+        assert type(found) is type(given)
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+        assert torch.equal(given, kept)
+    with pytest.raises(InputError, match="low < high"):
+        ScaleWindowd("image", window[1], window[0])
+
+
+def test_no_margin_crops_nothing() -> None:
+    affine = affine_of()
+    data = loaded(head(affine), affine)
+    assert CropToForegroundd("image", margin=None)(data)["image"] is data["image"]
+    assert CropToForegroundd("image", margin=0)(data)["image"].shape != data["image"].shape
+    for margin in (1.5, True, "2"):
+        with pytest.raises(InputError, match="crop_margin"):
+            CropToForegroundd("image", margin=margin)  # type: ignore[arg-type]
 
 
 def test_negative_neighbours() -> None:
