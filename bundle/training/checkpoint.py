@@ -20,6 +20,7 @@ from ..evaluation.scores import higher_is_better
 from ..model.network import DualStreamMIL
 from ..recipe import Recipe
 from ..weights import previous_of, read_checkpoint, save_atomically
+from .distributed import gathered, is_first
 from .handlers import AnnealTemperature
 from .log import EpochLog
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class BestModel:
-    """Keeps the weights of the best epoch, with their recipe.
+    """Keeps the weights of the best epoch, with their recipe; of several processes the first writes them.
 
     Args:
         network: whose weights are saved.
@@ -93,6 +94,8 @@ class BestModel:
             self._save(engine)
 
     def _save(self, engine: Engine) -> None:
+        if not is_first():
+            return
         # NaN stands for "not defined" only here; weights_only loading accepts it.
         content = {
             "model": self.network.state_dict(),
@@ -164,7 +167,8 @@ class RandomState:
 class Checkpoint:
     """Saves everything that resuming needs after each epoch; attach it last.
 
-    The loss scaler is taken from the engine.
+    The loss scaler is taken from the engine. Of several processes the first saves and all restore; their number may be
+    another one then.
 
     Args:
         objects: name → what has `state_dict` and `load_state_dict` (network under "model", optimiser, learning-rate
@@ -201,6 +205,8 @@ class Checkpoint:
         self._save(engine, finished=True)
 
     def _save(self, engine: Engine, finished: bool) -> None:
+        if not is_first():
+            return
         content = {name: item.state_dict() for name, item in self.objects.items()}
         content["trainer"] = {"epoch": engine.state.epoch, "iteration": engine.state.iteration, "finished": finished}
         content["settings"] = self.settings
@@ -213,10 +219,14 @@ class Checkpoint:
 
         Raises:
             InputError: when there is one but `resume` is off, settings differ, it does not fit this network or
-                optimiser, or both files are damaged.
+                optimiser, both files are damaged, or not all processes see the same one.
         """
-        if not self.path.exists():
-            return
+        if self.path.exists():
+            self._restore(engine)
+        if len(set(gathered(engine.state.epoch))) > 1:
+            raise InputError(f"{self.path} is not the same for all processes: set output_dir to a folder they share")
+
+    def _restore(self, engine: Engine) -> None:
         if not self.resume:
             raise InputError(
                 f"{self.path.parent} already holds a run: choose another output_dir, delete it, or set resume to true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ..data.dataset import BagSampler
 from ..errors import InputError
+from ..model.sync_norm import count_in_norms
+from .distributed import BagBatches, add_up, gathered, group_size, seed_noise
 
 __all__ = ["BagEvaluator", "BagEvents", "BagTrainer", "autocast_dtype", "prepare_bags"]
 
@@ -26,10 +29,10 @@ logger = logging.getLogger(__name__)
 class BagEvents(EventEnum):
     """Events of a BagTrainer besides ignite's and MONAI's."""
 
-    GRADIENTS_READY = "gradients_ready"  # unscaled, accumulated gradients, once before every optimiser step
+    GRADIENTS_READY = "gradients_ready"  # mean over all bags of the step, unscaled; once before every optimiser step
 
 
-def autocast_dtype(device: torch.device, amp: bool, precision: str = "auto") -> torch.dtype | None:
+def autocast_dtype(device: torch.device | str, amp: bool, precision: str = "auto") -> torch.dtype | None:
     """The type that convolutions compute in, or None for float32.
 
     Args:
@@ -45,7 +48,7 @@ def autocast_dtype(device: torch.device, amp: bool, precision: str = "auto") -> 
         raise InputError(f"precision must be auto, bf16 or fp16, not {precision!r}")
     if not amp:
         return None
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         # Older GPUs emulate bfloat16, which PyTorch counts as support unless told otherwise.
         bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_bf16_supported(including_emulation=False))
         return torch.bfloat16 if bf16 else torch.float16
@@ -95,7 +98,9 @@ class BagTrainer(_Forward, SupervisedTrainer):
     """MONAI's SupervisedTrainer for bags.
 
     `network` is an `Evidence` module (or DistributedDataParallel around one), `loss_function` a DualStreamLoss.
-    `state.output` is a dictionary of the batch; it keeps no image.
+    `state.output` is a dictionary of this process's bags; it keeps no image. Its loss is the mean over the bags of the
+    batch, and a step's gradient the mean over the bags of the step: over accumulated batches and over processes,
+    however many bags each of them holds.
 
     Args:
         *args, **kwargs: of SupervisedTrainer.
@@ -111,12 +116,16 @@ class BagTrainer(_Forward, SupervisedTrainer):
         # Only float16 needs its loss scaled: bfloat16 has float32's range.
         scaled = self.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(self.state.device.type) if scaled else None  # type: ignore[assignment]
-        self.add_event_handler(Events.EPOCH_STARTED, self._tell_sampler)
+        self._step_bags = 0.0
+        batches = getattr(self.data_loader, "batch_sampler", None)
+        self._batches = batches if isinstance(batches, BagBatches) else None
+        self._sampler = getattr(batches, "sampler", None)
+        self.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
 
-    def _tell_sampler(self) -> None:
-        sampler = getattr(self.data_loader, "sampler", None)
-        if isinstance(sampler, BagSampler):
-            sampler.set_epoch(self.state.epoch)
+    def _start_epoch(self) -> None:
+        if isinstance(self._sampler, BagSampler):
+            self._sampler.set_epoch(self.state.epoch)
+            seed_noise(self._sampler.seed, self.state.epoch)
 
     def run(self) -> None:  # type: ignore[override]
         """Train from the state's epoch to max_epochs; a run that is there is left alone (ignite would start anew)."""
@@ -136,23 +145,30 @@ class BagTrainer(_Forward, SupervisedTrainer):
         engine.network.train()
         if position == group:
             engine.optimizer.zero_grad()
-        output = engine.state.output = self._forward(engine, batchdata)
+            self._step_bags = 0.0
+        own = len(batchdata["label"]) if self._batches is None else self._batches.num_own(position)
+        count_in_norms(engine.network, own > 0)
+        given = self._forward(engine, batchdata)
+        # A process without a bag of the batch was given one to take part with, which is left out of everything.
+        output = engine.state.output = given if own else {name: _first(value, 0) for name, value in given.items()}
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        loss = engine.loss_function(output["evidence"], output[Keys.LABEL], output["mask"])
-        if not bool(torch.isfinite(loss)):
-            cases = ", ".join(batchdata["case"])
+        loss = own * engine.loss_function(given["evidence"], given[Keys.LABEL], given["mask"])  # sum over own bags
+        total, num_bags = add_up([float(loss.detach()), own])
+        if not math.isfinite(total):
+            cases = ", ".join(case for cases in gathered(batchdata["case"]) for case in cases)
             raise InputError(
-                f"the loss became {float(loss.detach())} in epoch {engine.state.epoch} (cases {cases}): "
+                f"the loss became {total} in epoch {engine.state.epoch} (cases {cases}): "
                 "lower lr, grad_clip or lambda_confidence, or set amp to false"
             )
-        output[Keys.LOSS] = loss.detach()
+        self._step_bags += num_bags
+        output[Keys.LOSS] = loss.new_tensor(total / num_bags)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
-        scaled = loss / in_group
-        (scaled if engine.scaler is None else engine.scaler.scale(scaled)).backward()
+        (loss if engine.scaler is None else engine.scaler.scale(loss)).backward()
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         if position + 1 == group + in_group:
             if engine.scaler is not None:
                 engine.scaler.unscale_(engine.optimizer)  # before any handler looks at the gradients
+            self._average_gradients()
             engine.fire_event(BagEvents.GRADIENTS_READY)
             if engine.scaler is not None:
                 engine.scaler.step(engine.optimizer)
@@ -164,11 +180,23 @@ class BagTrainer(_Forward, SupervisedTrainer):
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 
+    def _average_gradients(self) -> None:
+        # DistributedDataParallel has divided the sum over all bags by the number of processes.
+        factor = group_size() / self._step_bags
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+
+def _first(value: Any, number: int) -> Any:
+    """The first rows of a tensor, or of every tensor of a BagOutput."""
+    return value[:number] if isinstance(value, Tensor) else type(value)(*(tensor[:number] for tensor in value))
+
 
 class BagEvaluator(_Forward, SupervisedEvaluator):
     """MONAI's SupervisedEvaluator for bags, in evaluation mode and without gradients; see BagTrainer.
 
-    A batch that is one refused case (see `collate_bags`) passes through: its output holds only `refusal`.
+    Refused cases (see `collate_bags`) pass through. Where a batch holds nothing else, the output is their `refusal`s.
 
     Args:
         *args, **kwargs: of SupervisedEvaluator.
@@ -184,8 +212,8 @@ class BagEvaluator(_Forward, SupervisedEvaluator):
         self._init_precision(amp, precision)
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> dict[str, Any]:
-        if "refusal" in batchdata:
-            engine.state.output = {"refusal": batchdata["refusal"]}
+        if "image" not in batchdata:
+            engine.state.output = {"refusal": [case["refusal"] for case in batchdata["refused"]]}
             return engine.state.output
         with engine.mode(engine.network), torch.no_grad():
             engine.state.output = self._forward(engine, batchdata)

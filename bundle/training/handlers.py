@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..evaluation.scores import SCORES, score
 from ..model.network import DualStreamMIL
 from ..model.selection import TwoPhaseSelection
+from .distributed import gathered, is_first
 from .engine import BagEvents
 from .losses import DualStreamLoss
 from .schedules import TemperatureSchedule
@@ -152,6 +153,8 @@ class GradientClip:
 class EpochScore(Metric):
     """A score of `bundle.evaluation.metrics` over all cases of an epoch, as an ignite metric.
 
+    It is the same on all processes, over the cases of all of them.
+
     Args:
         name: of `SCORES`.
     """
@@ -168,7 +171,7 @@ class EpochScore(Metric):
         self._labels: list[Tensor] = []
 
     def iteration_completed(self, engine: Engine) -> None:
-        """Take the engine's output; a case that was refused has no prediction to count."""
+        """Take the engine's output; refused cases have no prediction to count."""
         output: Any = engine.state.output
         if not (isinstance(output, Mapping) and "refusal" in output):
             super().iteration_completed(engine)
@@ -181,9 +184,11 @@ class EpochScore(Metric):
 
     def compute(self) -> float:
         """The score over the cases with a known label, NaN where it is not defined."""
-        if not self._labels:
+        shares = gathered((self._labels, self._probabilities))
+        if not any(labels for labels, _ in shares):
             return math.nan
-        labels, probabilities = torch.cat(self._labels), torch.cat(self._probabilities)
+        labels = torch.cat([batch for labels, _ in shares for batch in labels])
+        probabilities = torch.cat([batch for _, probabilities in shares for batch in probabilities])
         known = labels >= 0
         return float(score(self.name, labels[known].numpy(), probabilities[known].numpy()))
 
@@ -198,7 +203,7 @@ def named_scores(names: list[str], prefix: str = "") -> dict[str, EpochScore]:
 
 
 class BagProgressBar:
-    """One bar over all epochs of a run, with the epoch and the last loss.
+    """One bar over all epochs of a run, with the epoch and the last loss; of several processes the first shows it.
 
     Args:
         description: what is going on, such as "training".
@@ -210,7 +215,7 @@ class BagProgressBar:
         self.bar: tqdm | None = None
 
     def attach(self, engine: Engine) -> None:
-        if self.enabled:
+        if self.enabled and is_first():
             engine.add_event_handler(Events.ITERATION_COMPLETED, self)
             engine.add_event_handler(Events.COMPLETED, self.close)
 

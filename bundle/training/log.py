@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 
 from ..files import replacing
+from .distributed import is_first
 
 __all__ = ["EpochLog"]
 
@@ -25,6 +26,8 @@ TOLD = ("train_loss", "train_nll_var", "train_accuracy", "val_accuracy", "val_au
 
 class EpochLog:
     """Collects the metrics of trainer and evaluator after every epoch and writes them; attach it after both.
+
+    Of several processes only the first does so.
 
     Args:
         output_dir: gets `epochs.csv` and the TensorBoard folder `events`.
@@ -43,6 +46,8 @@ class EpochLog:
         self._writer: SummaryWriter | None = None
 
     def attach(self, engine: Engine) -> None:
+        if not is_first():
+            return
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self.close)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_and_raise)
@@ -71,7 +76,7 @@ class EpochLog:
     def cut(self, epoch: int) -> None:
         """Take the log of an earlier process up to and with this epoch; later rows and a torn last row are dropped."""
         self.rows = []
-        if self.path.exists():
+        if self.path.exists() and is_first():
             with self.path.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
                     if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch:

@@ -75,10 +75,14 @@ class _ClassWeighted(nn.Module):
 class BagCrossEntropy(_ClassWeighted):
     """Cross-entropy of bag logits (B, K) and labels (B,), with label smoothing; the mean over the bags.
 
+    torch.nn.CrossEntropyLoss divides by the sum of the labels' weights instead. A batch of one bag would then cancel
+    its own weight, and a rare class would weigh less the more often it is in the batch. Divided by the number of bags,
+    batches, accumulated batches and the shares of several processes add up.
+
     Args:
         label_smoothing: ε in [0, 1): the target is 1 - ε + ε/K for the true class and ε/K for the others.
-        class_weights: K positive numbers; the target of class k counts by weight k, and the sum is divided by the sum
-            of the weights of the batch's labels, as torch.nn.CrossEntropyLoss does.
+        class_weights: K positive numbers; the target of class k counts by weight k. Weights that are 1 in the mean over
+            the cases keep the size of the loss.
     """
 
     def __init__(self, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
@@ -88,7 +92,9 @@ class BagCrossEntropy(_ClassWeighted):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
-        return functional.cross_entropy(logits, label, self._weights_for(logits), label_smoothing=self.label_smoothing)
+        weights = self._weights_for(logits)
+        total = functional.cross_entropy(logits, label, weights, reduction="sum", label_smoothing=self.label_smoothing)
+        return total / len(label)
 
 
 class MILFocalLoss(_ClassWeighted):
@@ -96,7 +102,7 @@ class MILFocalLoss(_ClassWeighted):
 
     Args:
         gamma: γ ≥ 0; 0 gives the cross-entropy.
-        class_weights: α, K positive numbers; the sum is divided by the sum of the weights of the batch's labels.
+        class_weights: α, K positive numbers, for the bags of each class; see `BagCrossEntropy`.
 
     Source: Lin, Goyal, Girshick, He, Dollár, ICCV 2017, arXiv:1708.02002, equation 5.
     """
@@ -113,7 +119,7 @@ class MILFocalLoss(_ClassWeighted):
         focus = (-torch.expm1(log_p)).clamp_min(1e-12) ** self.gamma
         weights = self._weights_for(logits)
         weight = torch.ones_like(log_p) if weights is None else weights[label]
-        return -(weight * focus * log_p).sum() / weight.sum()
+        return -(weight * focus * log_p).mean()
 
 
 class DualStreamLoss(nn.Module):

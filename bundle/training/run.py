@@ -8,33 +8,55 @@ from pathlib import Path
 import torch
 
 from ..model.encoder import FrozenBatchNorm2d, load_encoder_weights
+from ..model.encoding import SliceEncoding
 from ..model.network import DualStreamMIL
+from ..model.stages import freeze_stages
+from ..model.sync_norm import with_synced_norms
 from ..results.figures import draw_curves
 from .checkpoint import BestModel
+from .distributed import group_size, is_first
 
 __all__ = ["finish_training", "start_network"]
 
 logger = logging.getLogger(__name__)
 
 
-def start_network(network: DualStreamMIL, encoder_weights: str | Path | None = None) -> DualStreamMIL:
+def start_network(
+    network: DualStreamMIL,
+    encoder_weights: str | Path | None = None,
+    frozen_stages: int = 0,
+    encoding: SliceEncoding | None = None,
+) -> DualStreamMIL:
     """The network to train: with weights in its encoder if there are any, laid out for fast convolutions.
+
+    Among several processes its batch norms compute over all of them.
 
     Args:
         network: newly built.
         encoder_weights: see `load_encoder_weights`; None starts from random weights.
+        frozen_stages: first stages of the encoder that are not trained, see `freeze_stages`.
+        encoding: how slices go through the encoder; None sends all slices of a batch through at once.
     """
     if encoder_weights is not None:
         load_encoder_weights(network.encoder, encoder_weights)
     frozen = [module for module in network.encoder.modules() if isinstance(module, FrozenBatchNorm2d)]
     if any(bool((norm.running_var == 1).all()) and not bool(norm.running_mean.any()) for norm in frozen):  # type: ignore
         logger.warning("norm frozen_batch has no trained statistics and changes nothing: give encoder_weights")
+    freeze_stages(network.encoder, frozen_stages)
+    if frozen_stages and encoder_weights is None:
+        logger.warning("frozen_stages keeps random weights as they are: give encoder_weights")
+    if encoding is not None:
+        network.encoding = encoding
+    if group_size() > 1:
+        with_synced_norms(network)
     network.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
 
 def finish_training(output_dir: str | Path, best: BestModel) -> None:
     """Draw the curves and say what was made."""
+    if not is_first():
+        return
     folder = Path(output_dir)
     draw_curves(folder / "epochs.csv", folder / "curves.png")
     logger.info("best epoch %d, %s %.4f; weights in %s", best.epoch, best.metric, best.value, best.path)

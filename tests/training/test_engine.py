@@ -20,8 +20,10 @@ from bundle.model.encoder import FrozenBatchNorm2d
 from bundle.model.network import BagOutput, Evidence
 from bundle.training.engine import BagEvaluator, BagEvents, autocast_dtype, prepare_bags
 from bundle.training.handlers import GradientClip, named_scores
+from bundle.training.losses import BagCrossEntropy, DualStreamLoss, MILFocalLoss
 from bundle.training.schedules import warmup_cosine
 
+from . import processes
 from .conftest import (
     Encoder,
     make_bag,
@@ -37,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def steps_by_hand(groups, optimizer_of=lambda network: torch.optim.SGD(network.parameters(), lr=0.1)):
-    """Weights after one step a group of batches, written in plain PyTorch."""
+    """Weights after one step on the mean over the bags of each group of batches, written in plain PyTorch."""
     network = make_network()
     optimizer, loss = optimizer_of(network), make_loss()
     network.train()
@@ -46,7 +48,8 @@ def steps_by_hand(groups, optimizer_of=lambda network: torch.optim.SGD(network.p
         for cases in group:
             batch = make_batch(*cases)
             output = network.explain(batch["image"], batch["mask"])
-            (loss(output, batch["label"], batch["mask"]) / len(group)).backward()
+            share = len(cases) / sum(map(len, group))
+            (share * loss(output, batch["label"], batch["mask"])).backward()
         optimizer.step()
     return weights_of(network)
 
@@ -87,7 +90,29 @@ def test_accumulated_batches_equal_one_batch_of_all():
 
 def test_a_short_last_group_is_a_mean_over_itself():
     by_hand = steps_by_hand([[(0,), (1,)], [(2,)]] * 2)
-    assert_same(trained(cases=3, batch_size=1, accumulation_steps=2, max_epochs=2), by_hand, rtol=0, atol=0)
+    assert_same(trained(cases=3, batch_size=1, accumulation_steps=2, max_epochs=2), by_hand, rtol=1e-6, atol=1e-8)
+
+
+def test_a_short_last_batch_counts_by_its_bags():
+    by_hand = steps_by_hand([[(0, 1, 2), (3, 4, 5), (6,)]])
+    assert_same(trained(cases=7, batch_size=3, accumulation_steps=3), by_hand, rtol=1e-5, atol=1e-7)
+    by_hand = steps_by_hand([[(0, 1, 2), (3, 4, 5)], [(6,)]])
+    assert_same(trained(cases=7, batch_size=3, accumulation_steps=2), by_hand, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "instance", "frozen_batch"])
+@pytest.mark.parametrize("bag_loss", ["cross_entropy", "focal"])
+def test_accumulation_equals_one_batch_to_the_last_digits(norm, bag_loss):
+    loss = {
+        "cross_entropy": lambda: BagCrossEntropy(0.1, [1.0, 7.0]), "focal": lambda: MILFocalLoss(2.0, [1.0, 7.0])
+    }[bag_loss]  # fmt: skip
+    whole = processes.Run(cases=7, batch_size=7, norm=norm, bag_loss=loss)()
+    for batch_size, steps in ((1, 7), (2, 4), (3, 3), (4, 2), (6, 2)):
+        parts = processes.Run(cases=7, batch_size=batch_size, accumulation_steps=steps, norm=norm, bag_loss=loss)()
+        assert len(parts["steps"]) == len(whole["steps"]) == 1
+        assert_same(parts["steps"][0], whole["steps"][0], rtol=1e-12, atol=1e-14)
+        assert_same(parts["weights"], whole["weights"], rtol=1e-12, atol=1e-14)
+        assert parts["metrics"][0]["train_loss"] == pytest.approx(whole["losses"][0], rel=1e-12)
 
 
 def test_gradients_are_ready_once_a_step():
@@ -110,7 +135,7 @@ def test_a_loss_scaler_changes_no_step():
         BagEvents.GRADIENTS_READY, lambda: seen.append(float(network.bag_classifier.bias.grad.norm()))
     )
     trainer.run()
-    assert seen[0] == pytest.approx(2**10 * seen[1])
+    assert seen[0] == pytest.approx(2**10 * 2 * seen[1])  # of the sum over two bags
     assert_same(weights_of(network), trained(), rtol=1e-4, atol=1e-7)
 
 
@@ -172,6 +197,7 @@ def test_precision(monkeypatch):
     cuda = torch.device("cuda")
     assert autocast_dtype(CPU, amp=False) is None
     assert autocast_dtype(CPU, amp=True, precision="bf16") is torch.bfloat16
+    assert autocast_dtype("cpu", amp=True, precision="bf16") is torch.bfloat16  # as the command line gives it
     for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
         # A GPU that only emulates bfloat16 counts as supported unless emulation is excluded.
         monkeypatch.setattr(
@@ -352,8 +378,6 @@ def test_monais_evaluator_arguments_still_work():
 
 @pytest.mark.gpu
 def test_a_step_on_the_gpu_with_class_weights_and_fp16():
-    from bundle.training.losses import BagCrossEntropy, DualStreamLoss
-
     cuda = torch.device("cuda")
     network = make_network().to(cuda)
     trainer = make_trainer(network, loss=DualStreamLoss(BagCrossEntropy(0.1, [1.0, 2.0])))

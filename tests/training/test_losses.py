@@ -204,8 +204,26 @@ def test_cross_entropy_equals_the_loop(class_weights):
         log_p = row - np.log(np.exp(row).sum())
         for k in range(3):
             total -= weights[k] * ((1 - smoothing) * (k == y) + smoothing / 3) * log_p[k]
-    expected = total / sum(weights[y] for y in label.numpy())
+    expected = total / 5
     assert float(BagCrossEntropy(smoothing, class_weights)(logits, label)) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("loss", [BagCrossEntropy(0.1, [1.0, 4.0]), MILFocalLoss(2.0, [1.0, 4.0]), BagCrossEntropy()])
+@pytest.mark.parametrize("sizes", [(1, 4), (2, 3), (1, 1, 1, 1, 1)])
+def test_a_batch_is_the_mean_of_its_parts_by_bags(loss, sizes):
+    torch.manual_seed(0)
+    logits, label = torch.randn(5, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    parts = zip(logits.split(sizes), label.split(sizes), strict=True)
+    total = sum(len(y) * float(loss(x, y)) for x, y in parts)
+    assert total / 5 == pytest.approx(float(loss(logits, label)), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [BagCrossEntropy, MILFocalLoss])
+def test_a_bag_alone_counts_by_the_weight_of_its_class(kind):
+    logits = torch.tensor([[0.3, -0.2]])
+    for label in (torch.tensor([0]), torch.tensor([1])):
+        plain, weighted = kind()(logits, label), kind(class_weights=[1.0, 6.0])(logits, label)
+        assert float(weighted) == pytest.approx(float(plain) * (1.0, 6.0)[int(label)], rel=1e-6)
 
 
 def test_label_smoothing_has_the_known_floor():
@@ -220,13 +238,12 @@ def test_focal_loss_equals_the_loop_and_at_zero_the_cross_entropy():
     torch.manual_seed(0)
     logits, label, alpha = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0, 2]), [1.0, 2.0, 5.0]
     for weights in (None, alpha):
-        expected = nn.functional.cross_entropy(
-            logits, label, None if weights is None else torch.tensor(weights).double()
-        )
+        class_weights = None if weights is None else torch.tensor(weights).double()
+        expected = nn.functional.cross_entropy(logits, label, class_weights, reduction="sum") / 6
         torch.testing.assert_close(MILFocalLoss(0.0, weights)(logits, label), expected)
     p = logits.softmax(-1).numpy()[np.arange(6), label]
     w = np.array(alpha)[label]
-    expected = -(w * (1 - p) ** 2 * np.log(p)).sum() / w.sum()
+    expected = -(w * (1 - p) ** 2 * np.log(p)).mean()
     assert float(MILFocalLoss(2.0, alpha)(logits, label)) == pytest.approx(expected, rel=1e-9)
 
 
