@@ -1,0 +1,175 @@
+"""How time and memory grow with slices a bag, cases a cohort and data-loading processes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .inference_part import inference_of, weights_of
+from .made_scans import write_datalist, write_nifti, write_series
+from .measuring import Record, interleaved
+from .memory_child import peak_of
+from .project import Training
+from .settings import Run
+from .training_part import OURS, STOCK, Measure
+
+__all__ = ["growth"]
+
+VOXEL_BYTES = 4  # of a decoded volume, which readers give as float32
+LONG = 30  # slices of the small volumes of a growing cohort
+
+
+def growth(run: Run, norm: str) -> dict[str, Any]:
+    """All growth measurements.
+
+    Returns:
+        `timed`: a list of {"what", "records"}, whose contenders are the sizes; `memory`: a list of {"what", "who",
+        "slices", "bytes"} with `before` and `peak` of the process.
+    """
+    settings = run.settings
+    side = settings.series_sides[0]
+    series = {n: write_series(run.work / "long" / str(n) / "000", side, n, 0) for n in settings.memory_slices}
+    volume = run.work / "growth" / "long.nii.gz"
+    write_nifti(volume, settings.grow_side, max(settings.grow_bags), 0)
+    timed = {
+        "training a bag": {f"{n} slices": _bag(run, norm, volume, n) for n in settings.grow_bags},
+        "classifying a series": {f"{n} slices": _series(run, norm, folder) for n, folder in series.items()},
+        "a case of a cohort": {f"{n} cases": _preparing(run, norm, n) for n in settings.grow_cases},
+        "training by workers": {f"{n} workers": _workers(run, norm, n) for n in settings.grow_workers},
+    }
+    return {
+        "timed": [{"what": what, "records": _measured(run, what, norm, them)} for what, them in timed.items()],
+        "memory": [*_memory_of_inference(run, norm, series), *_memory_of_training(run, norm, volume)],
+    }
+
+
+def _measured(run: Run, what: str, norm: str, contenders: dict[str, Callable[[], Measure]]) -> list[Record]:
+    name = f"growth-{norm}-{what.replace(' ', '_')}"
+    return interleaved(contenders, min(3, run.repeats_at(run.settings.grow_side)), run.store, name, run.tell)
+
+
+def _changes(run: Run, norm: str) -> dict[str, Any]:
+    return run.settings.changes(run.settings.grow_side, norm)
+
+
+def _cache(run: Run) -> Path:
+    return run.store.folder / "slices"
+
+
+def _bag(run: Run, norm: str, volume: Path, slices: int) -> Callable[[], Measure]:
+    def prepare() -> Measure:
+        training = Training(_one(volume), _cache(run), run.settings.device, **_bag_changes(run, norm, slices))
+        training.epoch()
+        return training.measure
+
+    return prepare
+
+
+def _bag_changes(run: Run, norm: str, slices: int) -> dict[str, Any]:
+    return {**_changes(run, norm), "bag_size": slices, "batch_size": 1}
+
+
+def _one(volume: Path) -> Path:
+    return write_datalist(volume.parent, [volume.name])
+
+
+def _series(run: Run, norm: str, folder: Path) -> Callable[[], Measure]:
+    def prepare() -> Measure:
+        inference = inference_of(run, run.settings.grow_side, norm, [folder])
+        inference.run()
+        return inference.measure
+
+    return prepare
+
+
+def _cohort(run: Run, count: int) -> Path:
+    folder = run.work / "growth"
+    images = [f"small_{number:03d}.nii.gz" for number in range(count)]
+    for number, image in enumerate(images):
+        write_nifti(folder / image, run.settings.grow_side, LONG, number)
+    return write_datalist(folder, images)
+
+
+def _preparing(run: Run, norm: str, count: int) -> Callable[[], Measure]:
+    def prepare() -> Measure:
+        datalist, cache = _cohort(run, count), run.store.folder / f"grown-{count}"
+
+        def opened() -> tuple[Training, float]:
+            start = time.perf_counter()
+            training = Training(datalist, cache, run.settings.device, **_changes(run, norm))
+            loader = training.parser.get_parsed_content("train::dataloader")
+            first = sum(1 for _ in loader)
+            return training, (time.perf_counter() - start) / max(first, 1)
+
+        def measure() -> dict[str, float]:
+            shutil.rmtree(cache, ignore_errors=True)
+            _, first = opened()
+            training, again = opened()
+            start = time.perf_counter()
+            for _ in training.parser.get_parsed_content("train::dataloader"):
+                pass
+            later = (time.perf_counter() - start) / count
+            return {"seconds": first, "second start": again, "reading a bag": later}
+
+        return measure
+
+    return prepare
+
+
+def _workers(run: Run, norm: str, workers: int) -> Callable[[], Measure]:
+    def prepare() -> Measure:
+        training = Training(
+            _cohort(run, run.settings.grow_cases[-2]), _cache(run), run.settings.device, num_workers=workers,
+            **_changes(run, norm),
+        )  # fmt: skip
+        training.epoch()
+        return training.measure
+
+    return prepare
+
+
+def _memory_of_inference(run: Run, norm: str, series: dict[int, Path]) -> list[dict[str, Any]]:
+    """Bytes above the process before its first scan and above the decoded scan."""
+    settings, rows = run.settings, []
+    small = write_series(run.work / "long" / "first" / "000", settings.series_sides[0] // 4, 8, 0)
+    first = write_datalist(small.parent, [str(small.absolute())]).absolute()
+    for slices, folder in series.items():
+        for who in (OURS, STOCK):
+            task = {
+                "task": "inference", "weights": str(weights_of(run, settings.grow_side, norm).absolute()),
+                "datalist": str(write_datalist(folder.parent, [str(folder.absolute())]).absolute()),
+                "device": settings.device, "side": settings.grow_side, "norm": norm, "shape": settings.shape,
+                "stock": who == STOCK, "first": str(first),
+            }  # fmt: skip
+            kept = _in_child(run, f"memory-inference-{norm}-{slices}-{who.replace(' ', '_')}", task)
+            if kept:
+                above = kept["peak"] - kept["before"] - slices * settings.series_sides[0] ** 2 * VOXEL_BYTES
+                rows.append({"what": "classifying a series", "who": who, "slices": slices, "bytes": above, **kept})
+    return rows
+
+
+def _memory_of_training(run: Run, norm: str, volume: Path) -> list[dict[str, Any]]:
+    """Bytes above the process before its first step."""
+    rows = []
+    for slices in run.settings.grow_bags:
+        task = {
+            "task": "training", "datalist": str(_one(volume).absolute()), "cache_dir": str(_cache(run).absolute()),
+            "device": run.settings.device, "changes": _bag_changes(run, norm, slices),
+        }  # fmt: skip
+        kept = _in_child(run, f"memory-training-{norm}-{slices}", task)
+        if kept:
+            above = kept["peak"] - kept["before"]
+            rows.append({"what": "training a bag", "who": OURS, "slices": slices, "bytes": above, **kept})
+    return rows
+
+
+def _in_child(run: Run, name: str, task: dict[str, Any]) -> dict[str, float]:
+    kept = run.store.get(name)
+    if kept is None:
+        run.tell(name)
+        kept = peak_of(task)
+        run.store.put(name, kept)
+    return kept

@@ -1,0 +1,395 @@
+"""The benchmark's statistics on hand-made numbers, its storage, and each of its parts once, very small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+import torch
+
+from bundle.data.collate import collate_bags
+from bundle.errors import InputError
+from tests.performance import benchmark, growth_part, inference_part, memory_child, training_part
+from tests.performance.inference_part import agreement
+from tests.performance.limit import decode, fastest
+from tests.performance.made_scans import write_nifti, write_series
+from tests.performance.measuring import Record, Store, interleaved, paired, spread, surroundings
+from tests.performance.memory_child import measured, peak_bytes, peak_of
+from tests.performance.profiling import shares
+from tests.performance.report import table_of_cell, verdicts, verdicts_of_agreement, verdicts_of_growth
+from tests.performance.settings import Run, Settings
+from tests.performance.training_part import LIMIT, OURS, STOCK, TYPED
+from tests.training.conftest import make_batch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = Settings(
+    bag_size=6, cohort=(40, 10), study_slices=8, series_sides=(40, 48), studies=2,
+    encoder={"layers": [1, 1, 1, 1], "block_inplanes": [8, 8, 16, 32]}, memory_slices=(8,), grow_bags=(4,),
+    grow_cases=(2, 3), grow_workers=(0, 1), grow_side=32, compiled=False,
+)  # fmt: skip
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def records_of(**seconds: list[float]) -> list[Record]:
+    """One record a repeat from lists of seconds."""
+    repeats = len(next(iter(seconds.values())))
+    return [{name: {"seconds": values[k]} for name, values in seconds.items()} for k in range(repeats)]
+
+
+# --- statistics ---
+
+
+def test_spread_is_the_median_with_its_quartiles() -> None:
+    found = spread([4.0, 1.0, 3.0, 2.0, 10.0])
+    assert (found.low, found.median, found.high, found.count) == (2.0, 3.0, 4.0, 5)
+    assert str(found) == "3.00 [2.00–4.00]"
+
+
+def test_a_machine_that_slows_down_for_a_while_changes_no_ratio() -> None:
+    steady = records_of(a=[2.0, 2.2, 1.9], b=[1.0, 1.0, 1.0])
+    slowed = records_of(a=[2.0, 22.0, 1.9], b=[1.0, 10.0, 1.0])
+    assert paired(steady, "a", "b") == paired(slowed, "a", "b")
+    drifting = records_of(a=[1.0, 20.0, 300.0], b=[1.0, 10.0, 100.0])
+    assert paired(drifting, "a", "b").median == 2.0  # of the ratios 1, 2 and 3
+
+
+def test_paired_ratios_equal_a_slow_reference() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(1, 2, 9), rng.uniform(1, 2, 9)
+    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+    found = paired(records_of(a=list(a), b=list(b)), "a", "b")
+    assert (found.low, found.median, found.high) == pytest.approx((ratios[2], ratios[4], ratios[6]))
+
+
+# --- interleaving and storage ---
+
+
+class Bench:
+    """Contenders that write down when they are prepared and measured."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def contenders(self, *names: str, fail_at: int | None = None) -> dict[str, Callable[[], Any]]:
+        def contender(name: str) -> Callable[[], Any]:
+            def measure() -> dict[str, float]:
+                self.log.append(name)
+                if fail_at is not None and self.log.count(name) > fail_at:
+                    raise KeyboardInterrupt
+                return {"seconds": float(len(self.log))}
+
+            def prepare() -> Callable[[], dict[str, float]]:
+                self.log.append(f"prepare {name}")
+                return measure
+
+            return prepare
+
+        return {name: contender(name) for name in names}
+
+
+def test_contenders_take_turns(tmp_path: Path) -> None:
+    bench = Bench()
+    records = interleaved(bench.contenders("a", "b"), 3, Store(tmp_path, {}), "cell", silent)
+    assert bench.log == ["prepare a", "prepare b", "a", "b", "a", "b", "a", "b"]
+    assert [record["a"]["seconds"] for record in records] == [3, 5, 7]
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path: Path) -> None:
+    first, again, third = Bench(), Bench(), Bench()
+    with pytest.raises(KeyboardInterrupt):
+        interleaved(first.contenders("a", "b", fail_at=2), 4, Store(tmp_path, {}), "cell", silent)
+    records = interleaved(again.contenders("a", "b"), 4, Store(tmp_path, {}), "cell", silent)
+    assert again.log == ["prepare a", "prepare b", "a", "b", "a", "b"]
+    assert records[0] == {"a": {"seconds": 3.0}, "b": {"seconds": 4.0}}
+    assert interleaved(third.contenders("a", "b"), 4, Store(tmp_path, {}), "cell", silent) == records
+    assert third.log == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"a": {"seconds": 1}}', b'{"a": 1, "b": 2}', b'{"a": {}, "b": {}}', b"\xff\xfe"]
+)
+def test_a_damaged_or_different_record_is_measured_again(tmp_path: Path, content: bytes) -> None:
+    store, bench = Store(tmp_path, {}), Bench()
+    interleaved(Bench().contenders("a", "b"), 2, store, "cell", silent)
+    (store.folder / "cell-1.json").write_bytes(content)
+    records = interleaved(bench.contenders("a", "b"), 2, Store(tmp_path, {}), "cell", silent)
+    assert bench.log == ["prepare a", "prepare b", "a", "b"]
+    assert records[1] == json.loads((store.folder / "cell-1.json").read_text())
+
+
+def test_other_settings_and_fresh_runs_take_nothing_from_before(tmp_path: Path) -> None:
+    Store(tmp_path, {"threads": 1}).put("cell-0", {"a": {"seconds": 1.0}})
+    assert Store(tmp_path, {"threads": 1}).get("cell-0") == {"a": {"seconds": 1.0}}
+    assert Store(tmp_path, {"threads": 2}).get("cell-0") is None
+    fresh = Store(tmp_path, {"threads": 1}, fresh=True)
+    assert fresh.get("cell-0") is None
+    fresh.put("cell-0", {"a": {"seconds": 2.0}})
+    assert fresh.get("cell-0") == {"a": {"seconds": 2.0}}
+
+
+def test_what_makes_measurements_comparable_is_told() -> None:
+    around = surroundings({"bag_size": 64})
+    assert around["machine"]["threads"] == torch.get_num_threads()
+    assert around["software"]["torch"] == torch.__version__
+    assert around["settings"] == {"bag_size": 64}
+    assert json.loads(json.dumps(around)) == around
+
+
+# --- verdicts and profiles ---
+
+
+def cell(part: str, size: int, ours: float, stock: float, typed: float) -> dict[str, Any]:
+    seconds = {OURS: [ours] * 3, STOCK: [stock] * 3, TYPED: [typed] * 3, LIMIT: [1.0] * 3}
+    records = records_of(**seconds)
+    return {
+        "part": part,
+        "size": size,
+        "norm": "group",
+        "scans": None,
+        "limit": {"form": "autocast"},
+        "records": records,
+    }
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (cell("train", 128, 1.1, 3.4, 2.0), [True, True]),
+        (cell("train", 128, 1.1, 3.2, 2.0), [True, False]),
+        (cell("train", 224, 1.2, 2.5, 2.0), [False, True]),
+        (cell("infer", 128, 1.1, 6.0, 5.6), [True, True, True]),
+        (cell("infer", 128, 1.1, 6.0, 5.4), [True, True, False]),
+        (cell("infer", 224, 1.2, 2.9, 3.1), [False, False, True]),
+        (cell("infer", 96, 1.0, 1.0, 1.0), [True]),
+    ],
+)
+def test_targets_are_judged_by_the_median_ratio(measured: dict[str, Any], expected: list[bool]) -> None:
+    assert [verdict.passed for verdict in verdicts(measured)] == expected
+
+
+def test_a_target_beyond_the_limit_can_be_told() -> None:
+    verdict = verdicts(cell("train", 128, 1.1, 2.2, 2.0))[1]
+    assert str(verdict) == f"  MISS  at least 3 × as fast as {STOCK}: 2.00 [2.00–2.00] (the limit: 2.20)"
+
+
+def test_the_table_holds_the_ratios() -> None:
+    lines = table_of_cell(cell("train", 128, 1.1, 3.3, 2.2)).splitlines()
+    stock = next(line for line in lines if line.startswith(f"{STOCK} "))
+    assert stock.split() == [*STOCK.split(), "3300.0", "3.30", "[3.30–3.30]", "3.00", "[3.00–3.00]"]
+    assert any(line.startswith(f"{LIMIT} (autocast)") for line in lines)
+
+
+@pytest.mark.parametrize(("last", "passed"), [(109, True), (111, False), (-5, True)])
+def test_memory_is_held_to_that_of_the_middle_size(last: int, passed: bool) -> None:
+    sizes = {32: 20, 128: 100, 512: last}
+    rows = [{"what": "classifying a series", "who": OURS, "slices": n, "bytes": 1000 * b} for n, b in sizes.items()]
+    rows.append({"what": "classifying a series", "who": STOCK, "slices": 512, "bytes": 10**9})
+    (verdict,) = verdicts_of_growth({"timed": [], "memory": rows})
+    assert verdict.passed is passed
+    assert "128 to 512" in verdict.text
+
+
+def test_the_worst_agreement_is_judged() -> None:
+    near, far = ({"size": 128, "norm": "batch", "float32": apart, "mixed precision": 0.1} for apart in (9e-6, 2e-5))
+    assert verdicts_of_agreement([near])[0].passed
+    (verdict,) = verdicts_of_agreement([near, far])
+    assert str(verdict) == "  MISS  probabilities at most 1e-05 from the plain path in float32: 2.0e-05"
+
+
+def test_shares_add_up_and_know_the_stages() -> None:
+    bags = [{**{key: value[0] for key, value in make_batch(1, num_slices=200).items()}} for _ in range(2)]
+    found = shares(lambda: [collate_bags(bags) for _ in range(20)])
+    assert set(found) == {"collating", "the rest"}
+    assert found["collating"] > found["the rest"] >= 0
+
+
+def test_the_fastest_form_that_works_is_the_limit(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[str] = []
+
+    def form(name: str, work: int) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+        def run(slices: torch.Tensor) -> torch.Tensor:
+            calls.append(name)
+            if not work:
+                raise RuntimeError("no compiler")
+            for _ in range(work):
+                slices = slices.sin()
+            return slices
+
+        return name, run
+
+    forms = [form("slow", 600), form("broken", 0), form("quick", 1)]
+    best, once, tried = fastest(iter(forms), torch.rand(4, 1, 64, 64, requires_grad=True), True, silent)
+    assert best == "quick"
+    assert tried["slow"] > tried["quick"] > 0
+    assert "broken" not in tried
+    assert "the form 'broken' does not work here (RuntimeError)" in caplog.text
+    calls.clear()
+    once(torch.rand(1, requires_grad=True))
+    assert calls == ["quick"]
+    assert fastest(iter(forms), torch.rand(4, requires_grad=True), True, silent, known="slow")[0] == "slow"
+    assert "broken" not in calls
+
+
+def test_the_limit_reads_every_pixel(tmp_path: Path) -> None:
+    series = write_series(tmp_path / "series", 16, 3, 0)
+    (series / "notes.txt").write_text("no image")
+    (series / "below").mkdir()
+    report = pydicom.dcmread(series / "0000.dcm")
+    del report.PixelData
+    report.save_as(series / "below" / "report.dcm")
+    decode(series)
+    (series / "notes.txt").unlink()
+    last = series / "0002.dcm"
+    last.write_bytes(last.read_bytes()[:-64])
+    with pytest.raises(ValueError, match="expected"):
+        decode(series)
+    write_nifti(tmp_path / "scan.nii.gz", 16, 3, 0)
+    decode(tmp_path / "scan.nii.gz")
+    (tmp_path / "scan.nii.gz").write_bytes((tmp_path / "scan.nii.gz").read_bytes()[:400])
+    with pytest.raises(EOFError):
+        decode(tmp_path / "scan.nii.gz")
+
+
+# --- each part, very small ---
+
+
+def run_tiny(output: Path, *arguments: str) -> dict[str, Any]:
+    words = ["--sizes", "32", "--repeats", "2", "--output", str(output), *arguments]
+    assert benchmark.main(words, TINY) == 0
+    assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((output / "benchmark.json").read_text())
+
+
+def test_training_is_measured_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_tiny(tmp_path, "--parts", "train", "--norms", "group")
+    (measured,) = found["cells"]
+    assert len(measured["records"]) == 2
+    assert {OURS, STOCK, TYPED, LIMIT, "torchmil DSMIL", "MONAI MILModel (att)"} < measured["records"][0].keys()
+    assert all(r["seconds"] > 0 for record in measured["records"] for r in record.values())
+    assert 0 < measured["records"][0][OURS]["loading"] < 1
+    shown = capsys.readouterr().out
+    assert measured["limit"]["form"] in shown
+    assert measured["limit"]["form"] in measured["limit"]["seconds"]
+    assert ("where the time of this project goes" in shown) == ("MISS" in shown)
+
+    def unexpected(*_: Any, **__: Any) -> None:
+        raise AssertionError("this was measured already")
+
+    for name in ("Training", "StockTraining", "fastest"):
+        monkeypatch.setattr(training_part, name, unexpected)
+    monkeypatch.setattr(benchmark, "profile_training", lambda *_: "profile")
+    assert run_tiny(tmp_path, "--parts", "train", "--norms", "group")["cells"] == found["cells"]
+
+
+def test_inference_is_measured_and_agrees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scans = tmp_path / "scans"
+    write_series(scans / "good", 40, 8, 5)
+    (scans / "junk.nii.gz").write_bytes(b"junk")
+    found = run_tiny(tmp_path / "out", "--parts", "infer", "--norms", "batch", "--scans", str(scans))
+    assert [c["scans"] for c in found["cells"]] == ["DICOM 40", "DICOM 48", "NIfTI", "2 × DICOM 40", "real scans"]
+    assert all(len(c["records"][0]) == 4 for c in found["cells"])
+    assert found["agreement"][0]["float32"] <= 1e-5
+    assert found["agreement"][0]["mixed precision"] < 0.1
+    assert "scan 2 of 2 is left out" in caplog.text
+    assert str(scans) not in caplog.text
+
+
+def test_agreement_sees_a_path_that_computes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = [write_series(tmp_path / "scans" / "000", 40, 8, 0)]
+
+    def largest() -> float:
+        run = Run(TINY, 1, tmp_path, Store(tmp_path, {}, fresh=True), silent)
+        return agreement(run, 32, "batch", scans)["float32"]
+
+    plain_network = inference_part.plain_network
+
+    def without_statistics(*arguments: Any) -> torch.nn.Module:
+        network = plain_network(*arguments)
+        network.slices.encoder.bn1.running_mean.zero_()
+        return network
+
+    assert largest() <= 1e-5
+    monkeypatch.setattr(inference_part, "plain_network", without_statistics)
+    assert largest() > 1e-4
+
+
+def check_growth(growth: dict[str, Any]) -> None:
+    assert [list(entry["records"][0]) for entry in growth["timed"]] == [
+        ["4 slices"], ["8 slices"], ["2 cases", "3 cases"], ["0 workers", "1 workers"],
+    ]  # fmt: skip
+    assert {(row["what"], row["who"]) for row in growth["memory"]} == {
+        ("classifying a series", OURS), ("classifying a series", STOCK), ("training a bag", OURS),
+    }  # fmt: skip
+    cohort = growth["timed"][2]["records"][0]["3 cases"]
+    assert 0 < cohort["reading a bag"] < cohort["seconds"]
+
+
+def test_growth_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth_part, "peak_of", measured)  # starting three processes takes three times as long
+    check_growth(run_tiny(tmp_path, "--parts", "growth", "--norms", "group")["growth"])
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    ballast = np.ones(2**28, dtype=np.uint8)  # of this process, which no child may count
+    growth = run_tiny(tmp_path, "--parts", "growth", "--norms", "group")["growth"]
+    check_growth(growth)
+    assert ballast.all()
+    for row in growth["memory"]:
+        assert 2**27 < row["before"] <= row["peak"] < peak_bytes()
+
+
+@pytest.mark.slow
+def test_a_child_that_fails_says_why_and_one_that_is_killed_gives_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
+        peak_of({"task": "nothing"})
+    monkeypatch.setattr(sys, "executable", "/bin/sh")
+    monkeypatch.setattr(memory_child, "COMMAND", ["-c", "kill -9 $$"])
+    assert peak_of({"task": "inference"}) == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--parts", "train,fly"],
+        ["--norms", "layer"],
+        ["--sizes", "12"],
+        ["--sizes", "128,big"],
+        ["--repeats", "0"],
+        ["--batch-size", "-1"],
+        ["--scans", "no/such/folder"],
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_sentence(tmp_path: Path, arguments: list[str]) -> None:
+    with pytest.raises(InputError, match=arguments[0]) as caught:
+        benchmark.main([*arguments, "--output", str(tmp_path / "out")], TINY)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_readable_scans_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    with pytest.raises(InputError, match="--scans: no scan"):
+        benchmark.main(
+            ["--parts", "infer", "--scans", str(tmp_path / "scans"), "--output", str(tmp_path / "out")], TINY
+        )
+
+
+def test_the_command_line_tells_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [str(ROOT / "scripts" / "benchmark"), "--output", str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == f"error: --output: {tmp_path / 'file'} is a file; give a folder"
