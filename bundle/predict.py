@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import InputError, command_line
+from .processes import rank
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/predict",
         description="Classify every DICOM series and NIfTI file of a folder with a trained model. Research use only; "
-        "not for diagnosis. Exit status: 0, 2 on an error, 3 when a case was refused.",
+        "not for diagnosis. The same command again does what is new or was changed. Exit status: 0, 2 on an error, "
+        "3 when a case was refused.",
     )
     parser.add_argument("folder", type=Path, help="searched with all its subfolders")
     parser.add_argument("--model", type=Path, required=True, help="model.pt of a training run")
@@ -34,12 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="name cases by a hash (%(default)s) or by file and folder names, which can identify people",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; by default a GPU if there is one")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read ahead (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that read ahead (%(default)s; with 0 a thread does)"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="cases at once (%(default)s)")
+    parser.add_argument("--anew", action="store_true", help="do all cases again, also those that are done")
     given = parser.parse_args(arguments)
     if given.output.exists() and not given.output.is_dir():
         raise InputError(f"--output: {given.output} is a file; give a folder")
     status = _classify(given)
-    _print_table(given.output / "predictions.csv")
+    if rank() == 0:
+        _print_table(given.output / "predictions.csv")
     return status
 
 
@@ -54,6 +61,8 @@ def _classify(given: argparse.Namespace) -> int:
         "output_dir": str(given.output),
         "case_names": given.case_names,
         "num_workers": given.workers,
+        "batch_size": given.batch_size,
+        "resume": not given.anew,
     }
     if given.device is not None:
         settings["device"] = given.device

@@ -20,19 +20,23 @@ def collate_bags(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Args:
         bags: bag dictionaries with equal C, H, W and any number of slices above 0. A bag with a `refusal` in place of
-            an image is a case that could not be read; a batch holds either bags or one such case.
+            an image is a case that could not be read; such cases may stand anywhere.
 
     Returns:
         image (B, N, C, H, W) with 0 as padding, mask (B, N) with True = real slice, slice_index, slice_label (-1 as
         padding) and slice_position (NaN as padding) (B, N), label (B,) with -1 for unknown, and lists of the rest.
+        Where cases were refused, `refused` lists them as they came, with their `position` among the given; B counts
+        the others. A batch of refused cases alone holds nothing else.
 
     Raises:
         InputError: on an empty bag or bags with slices of different shape.
     """
-    if any("refusal" in bag for bag in bags):
-        if len(bags) > 1:
-            raise InputError("cases that may be refused go through a loader with batch size 1")
-        return {key: [value] for key, value in bags[0].items()}
+    refused = [{**bag, "position": i} for i, bag in enumerate(bags) if "refusal" in bag]
+    read = [bag for bag in bags if "refusal" not in bag]
+    return (_padded_batch(read) if read else {}) | ({"refused": refused} if refused else {})
+
+
+def _padded_batch(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shapes = {tuple(bag["image"].shape[1:]) for bag in bags}
     if len(shapes) > 1:
         raise InputError(f"slices of one batch must have one shape (channels, height, width), not {sorted(shapes)}")

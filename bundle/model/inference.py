@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -20,7 +21,9 @@ logger = logging.getLogger(__name__)
 def for_inference(
     network: DualStreamMIL, encoding: SliceEncoding, precision: torch.dtype | None = None
 ) -> DualStreamMIL:
-    """Make a trained network ready for inference, in place: nothing learns, norms are folded, the encoder is laid out.
+    """A copy of a trained network, ready for inference: nothing learns, norms are folded, the encoder is laid out.
+
+    A copy, because other tools take the weights of the network itself, under the names that they were saved by.
 
     Args:
         network: with its weights.
@@ -29,9 +32,9 @@ def for_inference(
             then need not convert them for every chunk. None keeps float32. The head stays float32.
 
     Returns:
-        The same network, in evaluation mode.
+        The copy, in evaluation mode.
     """
-    network.requires_grad_(False).eval()
+    network = copy.deepcopy(network).requires_grad_(False).eval()
     folded = fold_batch_norms(network.encoder)
     if precision is not None:
         network.encoder.to(precision)

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,9 +20,11 @@ from ..files import replacing, write_json
 
 __all__ = [
     "case_record",
+    "read_record",
     "read_records",
     "record_file_name",
     "refused_record",
+    "remove_foreign_records",
     "spreadsheet_safe",
     "write_predictions",
     "write_record",
@@ -41,6 +43,7 @@ RECORD_KEYS = (
     "slices",
     "key_slices",
 )
+STATUSES = ("accepted", "refused")
 # What a spreadsheet takes for the start of a formula, in full width too, and the white space it may skip before one.
 FORMULA_STARTS = tuple("=+-@\t\r\n \uff1d\uff0b\uff0d\uff20")
 LONGEST_FILE_NAME = 180
@@ -87,7 +90,8 @@ def case_record(
             score, equal scores by position.
 
     Returns:
-        A JSON-serialisable dict; ``slices`` in order of position, ``key_slices`` most critical first.
+        A JSON-serialisable dict; ``slices`` in order of position, ``key_slices`` most critical first. ``made_from`` is
+        None; a `RunFolder` fills it in.
 
     Raises:
         InputError: arrays that do not fit each other, or a value that is not finite.
@@ -142,6 +146,7 @@ def case_record(
         "reading": None if reading is None else [dict(image) for image in reading],
         "slices": slices,
         "key_slices": [dict(slices[i]) for i in rank_slices(slices)[:num_key_slices]],
+        "made_from": None,
     }
 
 
@@ -171,6 +176,7 @@ def refused_record(
         "reading": None,
         "slices": [],
         "key_slices": [],
+        "made_from": None,
     }
 
 
@@ -196,6 +202,30 @@ def write_record(folder: str | os.PathLike[str], record: Mapping[str, Any]) -> P
     return path
 
 
+def remove_foreign_records(folder: str | os.PathLike[str], cases: Iterable[str]) -> None:
+    """Remove the records of other cases, which would contradict a table of these; what is no record stays."""
+    ours = {record_file_name(case) for case in cases}
+    for path in Path(folder).glob("[!.]*.json"):
+        if path.name not in ours and _has_record_keys(_json_in(path)):
+            path.unlink(missing_ok=True)
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The record in a file; None where it is absent or is not such that a table can be made from it."""
+    record = _json_in(Path(path))
+    if not _has_record_keys(record) or record["status"] not in STATUSES:
+        return None
+    lists = [record[key] for key in ("class_names", "probabilities", "slices", "key_slices")]
+    if not all(isinstance(value, list) for value in lists):
+        return None
+    names, probabilities, _, key_slices = lists
+    if record["status"] == "refused":
+        whole = record["prediction"] is None and isinstance(record["reason_code"], str)
+    else:
+        whole = record["prediction"] in range(len(names)) and len(names) == len(probabilities) and bool(key_slices)
+    return record if whole and all(isinstance(entry, dict) for entry in key_slices) else None
+
+
 def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a folder, sorted by case.
 
@@ -218,6 +248,17 @@ def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise InputError(f"{path.name} is a second record of case {record['case']!r}; remove one of them")
         records[record["case"]] = record
     return [records[case] for case in sorted(records)]
+
+
+def _json_in(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _has_record_keys(content: Any) -> bool:
+    return isinstance(content, dict) and all(key in content for key in RECORD_KEYS)
 
 
 def spreadsheet_safe(text: str) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,16 @@ from monai.utils import CommonKeys as Keys
 from ..errors import InputError, Refusal
 from ..evaluation.metrics import evaluate_records, write_metrics
 from ..model.network import evidence_of_class
+from ..processes import rank
 from .figures import draw_key_slices
-from .records import RECORD_KEYS, case_record, record_file_name, refused_record, write_predictions, write_record
+from .records import (
+    case_record,
+    refused_record,
+    remove_foreign_records,
+    write_predictions,
+    write_record,
+)
+from .run_folder import RunFolder
 
 __all__ = ["DrawKeySlices", "WriteMetrics", "WriteRecords", "exit_status"]
 
@@ -28,23 +35,33 @@ EXIT_SOME_REFUSED = 3
 class WriteRecords:
     """Writes `cases/<case>.json` as each case ends, and `predictions.csv` when all have.
 
+    `records` are this run's, in the order of the cases. With a run folder they are there at the end, those of earlier
+    runs and of other processes among them, and without their slices.
+
     Args:
         output_dir: folder of the results.
         class_names: K names.
         threshold: with two classes, the probability from which the second is predicted.
         num_key_slices: key slices noted for each case.
+        run_folder: shares the cases out and knows which are done; None: all are this process's and done anew.
     """
 
     def __init__(
-        self, output_dir: str | Path, class_names: Sequence[str], threshold: float = 0.5, num_key_slices: int = 5
+        self,
+        output_dir: str | Path,
+        class_names: Sequence[str],
+        threshold: float = 0.5,
+        num_key_slices: int = 5,
+        run_folder: RunFolder | None = None,
     ) -> None:
         if not 0 < threshold < 1:
             raise InputError(f"threshold is a probability between 0 and 1, not {threshold}")
         if num_key_slices < 1:
             raise InputError(f"num_key_slices must be at least 1, not {num_key_slices}")
         self.output_dir, self.class_names = Path(output_dir), list(class_names)
-        self.threshold, self.num_key_slices = threshold, num_key_slices
+        self.threshold, self.num_key_slices, self.run_folder = threshold, num_key_slices, run_folder
         self.records: list[dict[str, Any]] = []
+        self.latest: list[dict[str, Any]] = []  # of the last batch
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._start)
@@ -53,22 +70,22 @@ class WriteRecords:
 
     def _start(self) -> None:
         self.records = []
+        if self.run_folder is not None:
+            self.run_folder.open()
 
     def __call__(self, engine: Engine) -> None:
         batch: dict[str, Any] = engine.state.batch  # type: ignore[assignment]
         output: dict[str, Any] = engine.state.output  # type: ignore[assignment]
-        if "refusal" in output:
-            new = [
-                refused_record(case, refusal, label=label, patient=patient)
-                for case, refusal, label, patient in zip(
-                    batch["case"], batch["refusal"], batch["label"], batch["patient"], strict=True
-                )
-            ]
-        else:
-            new = self._classified(batch, output)
-        for record in new:
-            write_record(self.output_dir / "cases", record)
-        self.records += new
+        self.latest = self._classified(batch, output) if "image" in batch else []
+        for case in batch.get("refused", []):  # by rising position
+            record = refused_record(case["case"], case["refusal"], case.get("label"), case.get("patient"))
+            self.latest.insert(case["position"], record)
+        for record in self.latest:
+            if self.run_folder is not None:
+                self.run_folder.finish(record)
+            else:
+                write_record(self.output_dir / "cases", record)
+                self.records.append(record)
 
     def _classified(self, batch: dict[str, Any], output: dict[str, Any]) -> list[dict[str, Any]]:
         probabilities = output[Keys.PRED].float().softmax(dim=-1)  # (B, K)
@@ -109,29 +126,26 @@ class WriteRecords:
         return records
 
     def _write_table(self) -> None:
-        write_predictions(self.output_dir / "predictions.csv", self.records, self.class_names)
-        # Records of an earlier run into this folder would contradict the table.
-        ours = {record_file_name(record["case"]) for record in self.records}
-        for path in (self.output_dir / "cases").glob("[!.]*.json"):
-            if path.name not in ours and _is_record(path):
-                path.unlink()
+        if self.run_folder is not None:
+            self.records = self.run_folder.write_table(self.class_names)
+            self.run_folder.close()
+        else:
+            write_predictions(self.output_dir / "predictions.csv", self.records, self.class_names)
+            remove_foreign_records(self.output_dir / "cases", [record["case"] for record in self.records])
+
+    def whole_records(self) -> Iterable[dict[str, Any]]:
+        """The records with their slices."""
+        return self.records if self.run_folder is None else self.run_folder.records()
 
     def report(self) -> None:
-        """Say on the log what was written and what was refused."""
+        """Say on the log what was written and what was refused; of several processes, the first does."""
+        if rank() > 0:
+            return
         refused = [record for record in self.records if record["status"] == "refused"]
         logger.info("%d cases classified, %d refused", len(self.records) - len(refused), len(refused))
         for record in refused:
             logger.warning("refused %s: %s (%s)", record["case"], record["reason"], record["reason_code"])
         logger.info("results are in %s", self.output_dir)
-
-
-def _is_record(path: Path) -> bool:
-    """Whether a file is a case record, and not something of the user's."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return isinstance(content, dict) and all(key in content for key in RECORD_KEYS)
 
 
 class WriteMetrics:
@@ -151,7 +165,7 @@ class WriteMetrics:
 
     def __call__(self, engine: Engine) -> None:
         results = self.results
-        metrics = evaluate_records(results.records, results.class_names, self.resamples, self.seed)
+        metrics = evaluate_records(list(results.whole_records()), results.class_names, self.resamples, self.seed)
         write_metrics(results.output_dir / "metrics.json", metrics)
         for name in ("auc", "accuracy", "f1_macro", "nll"):
             entry = metrics["scores"].get(name)
@@ -160,7 +174,9 @@ class WriteMetrics:
 
 
 class DrawKeySlices:
-    """Draws `key_slices.png` of the first cases; attach it after the records.
+    """Draws `key_slices.png` of the first cases that this process classified itself; attach it after the records.
+
+    With nothing classified, or in another than the first of several processes, the picture stays as it is.
 
     Args:
         results: the records.
@@ -175,38 +191,43 @@ class DrawKeySlices:
         if max_cases < 0 or channel < 0:
             raise InputError(f"figure_cases and channel must be 0 or more, not {max_cases} and {channel}")
         self.results, self.max_cases, self.channel = results, max_cases, channel
+        self.shown: list[dict[str, Any]] = []
         self.images: dict[str, np.ndarray] = {}
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self._draw)
+        if rank() == 0:
+            engine.add_event_handler(Events.STARTED, self._start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+            engine.add_event_handler(Events.COMPLETED, self._draw)
 
     def _start(self) -> None:
-        self.images = {}
+        self.shown, self.images = [], {}
 
     def __call__(self, engine: Engine) -> None:
         batch: dict[str, Any] = engine.state.batch  # type: ignore[assignment]
-        if "image" not in batch:
-            return
-        for i, record in enumerate(self.results.records[-len(batch["case"]) :]):
-            if len(self.images) < self.max_cases:
+        row = {case: i for i, case in enumerate(batch.get("case", []))}
+        for record in self.results.latest:
+            if record["key_slices"] and len(self.shown) < self.max_cases:
+                i = row[record["case"]]
                 # By position: where a volume was resampled, one stored slice may stand for several.
                 position = batch["slice_position"][i].numpy()
                 rows = [int(np.nanargmin(np.abs(position - key["position_mm"]))) for key in record["key_slices"]]
                 first, _ = batch["own_channels"][i] if "own_channels" in batch else (0, 0)
+                self.shown.append(record)
                 self.images[record["case"]] = batch["image"][i, rows, first + self.channel].float().numpy()
 
     def _draw(self) -> None:
-        shown = [record for record in self.results.records if record["case"] in self.images]
-        if shown:
-            draw_key_slices(self.results.output_dir / "key_slices.png", shown, self.images, max_cases=self.max_cases)
+        if self.shown:
+            png = self.results.output_dir / "key_slices.png"
+            draw_key_slices(png, self.shown, self.images, max_cases=self.max_cases)
 
 
 def exit_status(results: WriteRecords) -> None:
-    """End the process with exit status 3 when a case was refused.
+    """End the process with exit status 3 when a case of the list was refused; of several processes, the first.
 
     SystemExit, because a config's `finalize` has no other way to a command's exit status.
     """
-    if any(record["status"] == "refused" for record in results.records):
+    if rank() == 0 and any(record["status"] == "refused" for record in results.records):
+        if results.run_folder is not None:
+            results.run_folder.wait_for_others()
         sys.exit(EXIT_SOME_REFUSED)

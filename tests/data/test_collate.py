@@ -84,9 +84,27 @@ def test_an_empty_bag_is_refused() -> None:
         collate_bags([bag(3), bag(0)])
 
 
-def test_a_refused_case_passes_alone() -> None:
-    refused = {"case": "c", "label": 1, "patient": "p", "refusal": Refusal("non_finite", "3 voxels are no number.")}
-    batch = collate_bags([refused])
-    assert batch == {key: [value] for key, value in refused.items()}
-    with pytest.raises(InputError, match="batch size 1"):
-        collate_bags([bag(3), refused])
+def refused(case: str) -> dict[str, Any]:
+    return {"case": case, "label": 1, "patient": "p", "refusal": Refusal("non_finite", "3 voxels are no number.")}
+
+
+def test_refused_cases_may_stand_anywhere_and_leave_the_bags_as_they_are() -> None:
+    bags = [bag(3, case="a"), bag(5, case="b")]
+    plain = collate_bags(bags)
+    mixed = collate_bags([refused("r"), bags[0], refused("s"), bags[1]])
+    assert [case["case"] for case in mixed.pop("refused")] == ["r", "s"]
+    assert mixed.keys() == plain.keys()
+    for key, value in plain.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(mixed[key], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert mixed[key] == value
+
+
+def test_the_refused_are_listed_with_their_places() -> None:
+    given = [refused("r"), bag(3), refused("s")]
+    batch = collate_bags(given)
+    assert batch["refused"] == [{**given[0], "position": 0}, {**given[2], "position": 2}]
+    assert "refused" not in collate_bags([bag(3)])
+    assert collate_bags([refused("r")]).keys() == {"refused"}
+    assert "position" not in given[0]

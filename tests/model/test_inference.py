@@ -43,6 +43,9 @@ def test_float32_agrees_to_1e_5(norm):
     for name, before, now in zip(expected._fields, expected, given, strict=True):
         torch.testing.assert_close(now, before, rtol=1e-5, atol=1e-5, msg=name)
     assert not any(p.requires_grad for p in ready.parameters())
+    before = trained(norm).state_dict()
+    assert before.keys() == network.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -48,8 +48,8 @@ def refused(case="r", label=None, patient=None):
 
 def output_of(batch, logits=None, num_classes=2, seed=0):
     """What an evaluator gives for a batch; weights are a softmax of the scores over the real slices."""
-    if "refusal" in batch:
-        return {"refusal": batch["refusal"]}
+    if "image" not in batch:
+        return {"refusal": [case["refusal"] for case in batch["refused"]]}
     generator = torch.Generator().manual_seed(seed)
     num_bags, num_slices = batch["mask"].shape
     columns = num_classes if num_classes > 2 else 1
@@ -173,6 +173,47 @@ def test_refused_cases_are_in_the_same_table_and_the_rest_go_on(tmp_path, caplog
         results.report()
     assert "2 cases classified, 2 refused" in caplog.text
     assert "refused r: slices are missing (missing_slices)" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_batches_of_any_size_and_mixture_give_the_same_records_in_the_same_order(tmp_path, monkeypatch, size):
+    pictures = []
+    monkeypatch.setattr(writer, "draw_key_slices", lambda png, shown, images, **_: pictures.append((shown, images)))
+    cases = [refused("r1"), bag("a"), bag("b", 3), refused("r2", 1, "p9"), refused("r3"), bag("c", 5), refused("r4")]
+    alone = {case["case"]: output_of(collate_bags([case]), seed=i) for i, case in enumerate(cases)}
+    batches = [cases[i : i + size] for i in range(0, len(cases), size)]
+    outputs = []
+    for batch in batches:
+        read = [case for case in batch if "image" in case]
+        most = max((len(case["image"]) for case in read), default=0)
+        outputs.append(joined([alone[case["case"]] for case in read], most) if read else {"refusal": batch})
+    results = run(tmp_path, batches, outputs, [DrawKeySlices])
+    reference = run(tmp_path / "one", [[case] for case in cases], list(alone.values()), [DrawKeySlices])
+    assert results.records == reference.records
+    assert [record["case"] for record in results.records] == ["r1", "a", "b", "r2", "r3", "c", "r4"]
+    assert (tmp_path / "predictions.csv").read_text() == (tmp_path / "one" / "predictions.csv").read_text()
+    (shown, images), (shown_alone, images_alone) = pictures
+    assert shown == shown_alone
+    for case, image in images_alone.items():
+        np.testing.assert_array_equal(images[case], image)
+
+
+def joined(outputs, num_slices):
+    """Outputs of batches of one bag as that of one batch, padded to a number of slices."""
+
+    def padded(tensor, dim=1):
+        missing = num_slices - tensor.shape[dim]
+        return torch.cat([tensor, tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])], dim)
+
+    evidence = [output["evidence"] for output in outputs]
+    both = [torch.cat([getattr(one, field) for one in evidence]) for field in BagOutput._fields[:3]]
+    both += [torch.cat([padded(getattr(one, field)) for one in evidence]) for field in BagOutput._fields[3:]]
+    return {
+        "pred": torch.cat([output["pred"] for output in outputs]),
+        "label": torch.cat([output["label"] for output in outputs]),
+        "mask": torch.cat([padded(output["mask"]) for output in outputs]),
+        "evidence": BagOutput(*both),
+    }
 
 
 def test_exit_status(tmp_path):

@@ -1,0 +1,276 @@
+"""A folder of results that several processes fill at once, and that a stopped run is resumed in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..data.identity import scan_identity
+from ..errors import InputError
+from ..files import replacing
+from ..processes import num_processes, rank
+from .records import read_record, record_file_name, remove_foreign_records, write_predictions, write_record
+
+try:
+    import fcntl
+
+    HAS_LOCKS = True
+except ImportError:  # Windows: there one run at a time is the user's affair
+    HAS_LOCKS = False
+
+__all__ = ["RunFolder"]
+
+logger = logging.getLogger(__name__)
+# One byte each of the lock file. Such locks end with their process, however it ends, and hold between machines.
+ENTRY, INSIDE, STREAM, TABLE, FIRST_CASE = range(5)
+POLL_SECONDS = 0.2
+TELL_SECONDS = 5.0
+LEAVE_SECONDS = 60.0
+TRIED_AGAIN = "unreadable"  # reason code of what a disk, the memory or a permission did, and not the scan
+
+
+class RunFolder:
+    """Shares the cases of a list out over all processes that work on one folder, now and later.
+
+    A case is done when its record is whole and made from the same weights, settings, software and scan. It is claimed
+    by a lock before it is read. Iterating gives passes of indices (see `CaseLoader`); a pass holds the cases that are
+    neither done nor claimed by others. The last pass ends when all cases of the list are done, by whomever.
+
+    Args:
+        output_dir: the folder. Nothing is written before `open`.
+        cases: dictionaries with `case` and what tells their scan.
+        made_from: see `bundle.made_from`; with the scan's identity it is written into each record.
+        resume: keep what is done; false: remove the records of earlier runs, unless another process is at work here.
+
+    Raises:
+        InputError: on two cases of one name.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        cases: Sequence[Mapping[str, Any]],
+        made_from: Mapping[str, str],
+        resume: bool = True,
+    ) -> None:
+        self._lock_file: BinaryIO | None = None
+        self.output_dir, self.cases, self.made_from, self.resume = Path(output_dir), cases, dict(made_from), resume
+        self.index = {case["case"]: i for i, case in enumerate(cases)}
+        if len(self.index) < len(cases):
+            raise InputError("two cases have the same name: classify them in separate runs, or name them by case_names")
+        self.done: set[int] = set()
+        self._claimed: dict[int, dict[str, str]] = {}
+
+    def __del__(self) -> None:
+        self.close()
+
+    # --- the run as a whole ---
+
+    def open(self) -> None:
+        """Enter the folder, find out what is done, and begin `cases.jsonl` if no other process is at work.
+
+        Raises:
+            InputError: when one is with other weights, settings or cases, or the folder cannot be used.
+        """
+        if self._lock_file is not None:
+            return
+        run = json.dumps([self.made_from, sorted(self.index)], sort_keys=True)
+        identity = hashlib.sha256(run.encode()).hexdigest().encode()
+        file = self._lock_file = self._opened()
+        with self._locked(ENTRY):
+            same = file.read(2 * len(identity)) == identity
+            first = self._lock(INSIDE)
+            if not first and not same:
+                self.close()
+                raise InputError(
+                    f"another run is at work in {self.output_dir} with other weights, settings or cases: wait until it "
+                    "has ended, or choose another output_dir"
+                )
+            if first:
+                file.seek(0)
+                file.write(identity)
+                file.truncate(len(identity))
+                self._begin()
+            self._lock(INSIDE, shared=True)
+        if not first:
+            self.done = {i for i in range(len(self.cases)) if self._is_done(i)}
+        logger.info("%d of %d cases are done already", len(self.done), len(self.cases))
+
+    def close(self) -> None:
+        """Leave the folder; claims end."""
+        if self._lock_file is not None:
+            self._lock_file.close()
+        self._lock_file = None
+
+    def wait_for_others(self) -> None:
+        """After leaving, wait until no process is inside, or a minute; for the one that ends with an exit status.
+
+        `torchrun` then ends the others, in the middle of whatever they do.
+        """
+        if num_processes() == 1:
+            return
+        self._lock_file = self._opened()
+        end = time.monotonic() + LEAVE_SECONDS
+        while not self._lock(INSIDE) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        self.close()
+
+    def _opened(self) -> BinaryIO:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(
+                f"output_dir: cannot write in {self.output_dir} ({error.strerror}); choose a folder that is writable"
+            ) from error
+        return os.fdopen(handle, "r+b", buffering=0)
+
+    def _begin(self) -> None:
+        """Remove what killed processes left and what is to be done again; tell of the rest in a new `cases.jsonl`."""
+        for folder in (self.output_dir, self.output_dir / "cases"):
+            for path in folder.glob(".part-*"):
+                path.unlink(missing_ok=True)
+        self.done = set()
+        with replacing(self.output_dir / "cases.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+            for i, case in enumerate(self.cases):
+                path = self._path(case["case"])
+                record = read_record(path)
+                if record is None:
+                    continue
+                if not self.resume or record["reason_code"] == TRIED_AGAIN:
+                    path.unlink()
+                elif self._fits(record, i):
+                    self.done.add(i)
+                    file.write(_line(record))
+
+    # --- cases ---
+
+    def __iter__(self) -> Iterator[Iterator[int]]:
+        self.open()
+        # Each process begins with a share of its own, and helps with the rest.
+        mine = [i for i in range(len(self.cases)) if i % num_processes() == rank()]
+        order = mine + [i for i in range(len(self.cases)) if i % num_processes() != rank()]
+        while True:
+            yield self._claim_each(order)
+            left = [i for i in order if i not in self.done and i not in self._claimed]
+            if not left:
+                return
+            told_at = time.monotonic() + TELL_SECONDS
+            while not any(self._is_free(i) for i in left):
+                time.sleep(POLL_SECONDS)
+                if time.monotonic() > told_at:
+                    logger.info("waiting for %d cases that other processes are at", len(left))
+                    told_at = math.inf
+
+    def _claim_each(self, order: Sequence[int]) -> Iterator[int]:
+        for i in order:
+            if i in self.done or i in self._claimed or not self._lock(FIRST_CASE + i):
+                continue
+            if self._is_done(i):
+                self.done.add(i)
+                self._unlock(FIRST_CASE + i)
+            else:
+                # Before the scan is read: what changes meanwhile is noticed next time.
+                self._claimed[i] = self._made_from(i)
+                yield i
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write the record of a case that this process claimed, tell of it in `cases.jsonl`, and end the claim."""
+        i = self.index[record["case"]]
+        record = {**record, "made_from": self._claimed.pop(i, None) or self._made_from(i)}
+        write_record(self.output_dir / "cases", record)
+        with self._locked(STREAM):
+            try:
+                with (self.output_dir / "cases.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(_line(record))
+            except OSError as error:
+                raise InputError(f"cannot write cases.jsonl ({error.strerror}); look at output_dir") from error
+        self.done.add(i)
+        self._unlock(FIRST_CASE + i)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records of the list that there are, in its order."""
+        for case in self.cases:
+            record = read_record(self._path(case["case"]))
+            if record is not None:
+                yield record
+
+    def write_table(self, class_names: Sequence[str]) -> list[dict[str, Any]]:
+        """Write `predictions.csv` from all records of the list; if none is missing, remove those of other cases.
+
+        Returns:
+            The records in the table, without their slices.
+        """
+        with self._locked(TABLE):
+            records = [{**record, "slices": []} for record in self.records()]
+            write_predictions(self.output_dir / "predictions.csv", records, class_names)
+            if len(records) == len(self.cases):
+                remove_foreign_records(self.output_dir / "cases", self.index)
+        logger.info("%d of %d cases are in predictions.csv", len(records), len(self.cases))
+        return records
+
+    def _path(self, case: str) -> Path:
+        return self.output_dir / "cases" / record_file_name(case)
+
+    def _made_from(self, i: int) -> dict[str, str]:
+        return {**self.made_from, "scan": scan_identity(self.cases[i])}
+
+    def _is_done(self, i: int) -> bool:
+        record = read_record(self._path(self.cases[i]["case"]))
+        return record is not None and self._fits(record, i)
+
+    def _fits(self, record: Mapping[str, Any], i: int) -> bool:
+        return record["case"] == self.cases[i]["case"] and record.get("made_from") == self._made_from(i)
+
+    # --- locks ---
+
+    def _lock(self, byte: int, shared: bool = False, wait: bool = False) -> bool:
+        """Take a byte of the lock file, or turn an exclusive lock into a shared one; False where others have it."""
+        if not HAS_LOCKS:
+            return True
+        assert self._lock_file is not None
+        kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(self._lock_file, kind, 1, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            raise InputError(
+                f"output_dir: the file system of {self.output_dir} has no locks ({error.strerror}); choose a folder on "
+                "another"
+            ) from error
+        return True
+
+    def _unlock(self, byte: int) -> None:
+        if HAS_LOCKS and self._lock_file is not None:
+            fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
+
+    def _is_free(self, i: int) -> bool:
+        if not self._lock(FIRST_CASE + i):
+            return False
+        self._unlock(FIRST_CASE + i)
+        return True
+
+    @contextmanager
+    def _locked(self, byte: int) -> Iterator[None]:
+        self._lock(byte, wait=True)
+        try:
+            yield
+        finally:
+            self._unlock(byte)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    prediction = record["prediction"]
+    told = {key: record[key] for key in ("case", "status", "prediction", "probabilities", "reason_code")}
+    told["class_name"] = None if prediction is None else record["class_names"][prediction]
+    told["file"] = f"cases/{record_file_name(record['case'])}"
+    return json.dumps(told, ensure_ascii=False) + "\n"
