@@ -35,7 +35,7 @@ _EXPORTS = {
         "EntmaxSelection GumbelSelection HardSelection MeanSelection SoftSelection StraightThroughSelection "
         "TopKSelection TwoPhaseSelection"
     ),
-    "processes": "use_own_gpu",
+    "processes": "refuse_several use_own_gpu",
     "provenance": "made_from",
     "recipe": "Recipe",
     "results.progress": "CaseProgressBar",
@@ -45,7 +45,7 @@ _EXPORTS = {
     "training.checkpoint": "BestModel Checkpoint EarlyStop",
     "training.distributed": ("BagBatches data_parallel end_group is_first local_device own_share start_group"),
     "training.engine": "BagEvaluator BagTrainer autocast_dtype",
-    "training.features": "frozen_features",
+    "training.features": "check_features frozen_features",
     "training.handlers": (
         "AnnealTemperature BagProgressBar EpochScore GradientClip ScheduleRegularisation TwoPhaseSwitch named_scores"
     ),

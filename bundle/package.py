@@ -26,6 +26,7 @@ from .errors import InputError, command_line
 from .files import replacing
 from .flatten import WORKFLOWS, filled_metadata, flattened_config
 from .recipe import Recipe
+from .settings import shipped_config
 from .weights import load_network, read_checkpoint
 
 __all__ = ["make_package"]
@@ -83,6 +84,9 @@ def _write_folder(folder: Path, content: dict[str, Any], recipe: Recipe, modules
     for workflow in WORKFLOWS:
         config = flattened_config(ROOT / "configs", workflow, recipe, modules)
         _write_json(folder / "configs" / f"{workflow}.json", config)
+    # Changes nothing but where a training runs, so it goes as it is.
+    several = shipped_config(ROOT / "configs", ("multi_gpu_train",))
+    _write_json(folder / "configs" / "multi_gpu_train.json", several)
     about = filled_metadata(json.loads(_own("configs/metadata.json").read_text(encoding="utf-8")), recipe)
     value = content.get("value", math.nan)
     about["weights"] = {

@@ -30,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="searched with all its subfolders")
     parser.add_argument("--model", type=Path, required=True, help="model.pt of a training run")
-    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder of the results (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("predictions"),
+        help="folder of the results, in none that holds a case's DICOM images (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--case-names", choices=("pseudonym", "path"), default="pseudonym",
         help="name cases by a hash (%(default)s) or by file and folder names, which can identify people",

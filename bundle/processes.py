@@ -8,7 +8,7 @@ import torch
 
 from .errors import InputError
 
-__all__ = ["num_processes", "rank", "use_own_gpu"]
+__all__ = ["num_processes", "rank", "refuse_several", "use_own_gpu"]
 
 
 def rank() -> int:
@@ -19,6 +19,19 @@ def rank() -> int:
 def num_processes() -> int:
     """How many processes were started together; 1 outside `torchrun`."""
     return _number("WORLD_SIZE", 1)
+
+
+def refuse_several(config: str) -> None:
+    """Refuse a workflow that every process would do as a whole, all into one folder.
+
+    Args:
+        config: its name.
+
+    Raises:
+        InputError: when several processes were started.
+    """
+    if num_processes() > 1:
+        raise InputError(f"{config} is for one process, and {num_processes()} were started: start it without torchrun")
 
 
 def use_own_gpu() -> None:

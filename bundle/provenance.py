@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from . import __version__
+from .data.cache_key import PACKAGES, package_version
+from .files import file_hash
 from .settings import NOT_PART_OF_A_RUN, run_settings
 from .training.engine import autocast_dtype
 
@@ -22,11 +23,8 @@ NOT_PART_OF_A_RECORD = (
     *NOT_PART_OF_A_RUN, "weights", "datalist", "section", "fold", "split", "case_names", "batch_size", "figure_cases",
     "dataloader", "handlers", "imports", "amp", "precision",
 )  # fmt: skip
-# Those that read, prepare and compute.
-LIBRARIES = (
-    "torch", "monai", "numpy", "nibabel", "pydicom", "itk", "python-gdcm", "pyjpegls", "pylibjpeg-openjpeg",
-    "pylibjpeg-rle",
-)  # fmt: skip
+# Those that read and prepare, and those that only the network may need.
+LIBRARIES = (*PACKAGES, "entmax", "torchvision")
 
 
 def made_from(
@@ -54,21 +52,13 @@ def made_from(
         "settings": settings,
         "convolutions": str(autocast_dtype(torch.device(device), amp, precision)),
         "code": [_code_hash(Path(__file__).parent), *(_code_hash(_home(name)) for name in sorted(trusted_modules))],
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: package_version(name) for name in LIBRARIES},
     }
     return {
         "version": __version__,
-        "weights": _file_hash(Path(weights)),
+        "weights": file_hash(weights),
         "settings": hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest(),
     }
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _code_hash(home: Path | None) -> str | None:
@@ -76,7 +66,7 @@ def _code_hash(home: Path | None) -> str | None:
     if home is None or not home.exists():
         return None
     files = sorted(home.rglob("*.py")) if home.is_dir() else [home]
-    named = [(path.relative_to(home).as_posix(), _file_hash(path)) for path in files]
+    named = [(path.relative_to(home).as_posix(), file_hash(path)) for path in files]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
@@ -85,10 +75,3 @@ def _home(module: str) -> Path | None:
     if found is None or found.origin is None:
         return None
     return Path(found.origin).parent if found.submodule_search_locations else Path(found.origin)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "absent"

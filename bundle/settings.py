@@ -16,6 +16,7 @@ from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser
 
 from .data.cases import split_of
 from .errors import InputError
+from .files import file_hash
 from .recipe import Recipe
 from .weights import read_checkpoint
 
@@ -29,8 +30,8 @@ NOT_PART_OF_A_RUN = (
     "resume", "resume_changed", "initialize", "run", "finalize", "trusted_modules",
     "activation_checkpointing", "chunk_slices", "compile_encoder",
 )  # fmt: skip
-# Text that may also be null.
-OPTIONAL = ("cache_dir",)
+# What may also be null. On a command line that is the word: MONAI leaves out arguments whose value is None.
+OPTIONAL = ("cache_dir", "crop_margin")
 # What no constructor checks before something is built or written. The threshold's ends would predict one class always.
 RANGES = {
     "max_epochs": (1, math.inf), "batch_size": (1, math.inf), "accumulation_steps": (1, math.inf),
@@ -140,11 +141,15 @@ def run_settings(split: Mapping[str, Any] | None = None) -> dict[str, str]:
     Saved in checkpoints, so that a run is not resumed with other settings by accident.
 
     Args:
-        split: identifies the content of the datalist, whose path alone says little.
+        split: identifies the content of the datalist, whose path alone says little. That of `encoder_weights` counts
+            as well.
     """
     config: dict[str, Any] = config_in_use().config  # type: ignore[assignment]
     kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN and key != META}
     kept["split"] = dict(split or {})
+    start = config.get("encoder_weights")
+    if isinstance(start, str) and Path(start).is_file():
+        kept["encoder_weights_content"] = file_hash(start)
     return {key: json.dumps(value, sort_keys=True, default=str) for key, value in kept.items()}
 
 
@@ -195,8 +200,9 @@ def _coerced(key: str, value: Any, default: Any) -> tuple[Any, str | None]:
     """The value as its default's kind, or a sentence. Expressions and references are left to MONAI."""
     if isinstance(default, Mapping) and isinstance(value, (str, int, float)) and _is_plain(value):
         return value, f"{key} must be a definition, with _target_ and its arguments, not {value!r}"
-    optional = key in OPTIONAL and value is None
-    if default is None or optional or not _is_plain(default) or not _is_plain(value):
+    if key in OPTIONAL and (value is None or (isinstance(value, str) and value.lower() in ("null", "none"))):
+        return None, None
+    if default is None or not _is_plain(default) or not _is_plain(value):
         return value, None
     if isinstance(default, bool):
         by_name = {"true": True, "false": False}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bundle.errors import InputError
-from bundle.processes import num_processes, rank, use_own_gpu
+from bundle.processes import num_processes, rank, refuse_several, use_own_gpu
 
 
 def test_one_process_is_the_first_and_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +17,14 @@ def test_one_process_is_the_first_and_only_one(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(InputError, match="RANK must be a whole number, not 'first'"):
         rank()
+
+
+def test_a_workflow_for_one_process_refuses_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    refuse_several("evaluate.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"evaluate\.yaml is for one process, and 2 were started"):
+        refuse_several("evaluate.yaml")
 
 
 def test_each_process_has_a_gpu_as_long_as_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:

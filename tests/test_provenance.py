@@ -8,6 +8,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from bundle import __version__, provenance
+from bundle.data.cache_key import PACKAGES
 
 MADE = "$bundle.made_from(@weights, @device, @amp, @precision, @trusted_modules)"
 
@@ -65,6 +66,11 @@ def test_weights_code_and_libraries_count(weights: Path, monkeypatch: pytest.Mon
     found = made(weights)
     assert found["weights"] != before["weights"]
     assert found["settings"] == before["settings"]
+
+
+def test_all_that_decodes_prepares_and_computes_is_in_the_list() -> None:
+    assert {*PACKAGES, "pylibjpeg", "torchvision", "entmax"} <= set(provenance.LIBRARIES)
+    assert len(provenance.LIBRARIES) == len(set(provenance.LIBRARIES))
 
 
 def test_the_code_of_the_users_own_modules_counts(

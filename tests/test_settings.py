@@ -209,6 +209,27 @@ def test_run_settings_hold_what_changes_a_result_and_nothing_else(mini):
     assert changed["flag"] == "false"
 
 
+@pytest.mark.parametrize("word", ["null", "None", None])
+def test_what_may_be_null_is_set_so_by_a_word_too(mini, word, monkeypatch):
+    monkeypatch.setattr(bundle.settings, "OPTIONAL", ("folder", "count"))
+    parser = accepted(mini(folder=word, count=word))
+    assert parser.get_parsed_content("folder") is None
+    assert parser.config["count"] is None
+
+
+def test_the_content_of_the_weights_to_start_from_is_part_of_a_run(tmp_path):
+    class Parser(ConfigParser):
+        def settings(self):
+            return run_settings()
+
+    path = tmp_path / "encoder.pt"
+    seen = []
+    for content in (b"one", b"other", b"one"):
+        path.write_bytes(content)
+        seen.append(Parser({"encoder_weights": str(path)}).settings())
+    assert seen[0] == seen[2] != seen[1]
+
+
 def test_functions_for_configs_refuse_other_callers():
     for function in (config_in_use, check_config, run_settings):
         with pytest.raises(RuntimeError, match="for expressions in a config of monai.bundle"):

@@ -275,8 +275,8 @@ def open_cache(
     Raises:
         InputError: see `SliceCache`.
     """
-    if isinstance(cache_dir, str) and cache_dir.strip().lower() in ("", "null", "none"):
-        raise InputError("cache_dir is a folder, or null in YAML and None on the command line to keep nothing")
+    if cache_dir is not None and not str(cache_dir).strip():
+        raise InputError("cache_dir is a folder, or null to keep nothing")
     return None if cache_dir is None else SliceCache(cache_dir, preparation, limit_gb, cache_type)
 
 

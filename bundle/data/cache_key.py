@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -13,14 +14,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from pydoc import locate
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from ..files import file_hash
 from .dicom_files import DicomFiles, files_below
 
-__all__ = ["case_digest", "case_stamp", "code_digest", "described", "digest"]
+__all__ = [
+    "PACKAGES",
+    "case_digest",
+    "case_stamp",
+    "code_digest",
+    "described",
+    "digest",
+    "package_version",
+    "sources_of",
+]
 
 # What decodes and computes; another version of any may give other voxels.
 PACKAGES = (
@@ -57,12 +69,12 @@ def described(value: Any, depth: int = DEPTH) -> Any:
     if isinstance(value, (np.ndarray, Tensor)):
         array = np.ascontiguousarray(value.detach().cpu() if isinstance(value, Tensor) else value)
         return {"array": [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]}
+    if isinstance(value, functools.partial):
+        return {"partial": described([value.func, value.args, value.keywords], depth - 1) if depth else None}
     named = value if hasattr(value, "__qualname__") else type(value)
     name = f"{named.__module__}.{named.__qualname__}"
     if named is value:
-        code = getattr(value, "__code__", None)
-        constants = [constant for constant in code.co_consts if isinstance(constant, PLAIN)] if code else []
-        return {"name": name, "code": code and code.co_code.hex(), "constants": constants}
+        return {"name": name, **(_function(value, depth - 1) if depth else {})}
     if isinstance(value, enum.Enum) or not hasattr(value, "__dict__"):
         # That of `object` gives an address.
         own = any("__repr__" in vars(kind) for kind in type(value).__mro__[:-1])
@@ -71,6 +83,24 @@ def described(value: Any, depth: int = DEPTH) -> Any:
     if isinstance(value, nn.Module):
         public |= {"state": value.state_dict(), "structure": str(value)}
     return {name: described(public, depth - 1) if depth else None}
+
+
+def _function(value: Any, depth: int) -> dict[str, Any]:
+    """What a function does: its code, and the values that it holds besides."""
+    code = getattr(value, "__code__", None)
+    cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+    held = [getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None), cells]
+    owner = getattr(value, "__self__", None)
+    return {
+        "code": _code(code) if code else None,
+        "held": described(held, depth),
+        "owner": None if isinstance(owner, ModuleType) else described(owner, depth),
+    }
+
+
+def _code(code: CodeType) -> list[Any]:
+    constants = [_code(constant) if isinstance(constant, CodeType) else constant for constant in code.co_consts]
+    return [code.co_code.hex(), list(code.co_names), [c if isinstance(c, list) else described(c) for c in constants]]
 
 
 def sources_of(files: Iterable[Path]) -> list[list[str]]:
@@ -94,11 +124,12 @@ def code_digest(modules: Iterable[str], definition: Any = (), sources: list[list
     named = {getattr(locate(target), "__module__", None) or "" for target in _targets(definition)} | set(modules)
     foreign = sorted(name for name in named if not f"{name}.".startswith(tuple(f"{known}." for known in KNOWN)))
     files = [Path(file) for name in foreign if (file := getattr(sys.modules.get(name), "__file__", None))]
-    versions = [list(sys.version_info[:2]), *(_version(package) for package in PACKAGES)]
+    versions = [list(sys.version_info[:2]), *(package_version(package) for package in PACKAGES)]
     return digest([sources, foreign, sources_of(files), versions])
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None where it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -193,7 +224,7 @@ def _content(files: list[tuple[str, Path]], memo: Path) -> str:
     # A note that another process is writing, or that a full disk cut short, is not of this length.
     if re.fullmatch(r"[0-9a-f]{64}", known):
         return known
-    content = digest([[name, _hash(path)] for name, path in files])
+    content = digest([[name, file_hash(path)] for name, path in files])
     if youngest < now - YOUNG_NS and _stamp(files)[0] == stamp:
         try:
             memo.mkdir(parents=True, exist_ok=True)
@@ -201,11 +232,3 @@ def _content(files: list[tuple[str, Path]], memo: Path) -> str:
         except OSError:
             pass  # only speed is lost
     return content
-
-
-def _hash(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()

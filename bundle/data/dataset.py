@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,8 @@ class BagDataset(monai.data.Dataset):
                 )
             if refusal is None:
                 raise
+            # A traceback holds the frames that it went through, and with them the whole volume.
+            refusal = pickle.loads(pickle.dumps(refusal))
             return {key: case.get(key) for key in ("case", "label", "patient")} | {"refusal": refusal}
 
     def _make(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -50,6 +51,15 @@ class SliceEncoding:
             chunk_slices, recompute, compile, first_stage
         )  # fmt: skip
         self._compiled: dict[int, Callable[[Tensor], Tensor]] = {}
+
+    def check(self, encoder: nn.Module) -> None:
+        """Refuse an encoder that cannot be trained so, before anything else is done.
+
+        Raises:
+            InputError: recomputation with batch norm in an encoder of unknown stages.
+        """
+        if self.recompute and any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+            stages_of(encoder)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SliceEncoding:
         # Compiled code belongs to the encoder that it was compiled for.
@@ -131,7 +141,10 @@ def _compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
             torch._dynamo.mark_dynamic(slices, 0)
         try:
             result: Tensor = apply(slices)
-        except torch._inductor.exc.InvalidCxxCompiler as error:
+        except BackendCompilerFailed as error:
+            # The exception for this is in a module that is only there once something was compiled.
+            if "InvalidCxxCompiler" not in f"{type(error.inner_exception).__name__} {error}":
+                raise
             raise InputError("compile_encoder needs a C++ compiler, and none was found: set it to false") from error
         return result
 

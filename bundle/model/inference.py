@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import fuse_conv_bn_eval
 
 from .encoding import SliceEncoding
@@ -28,16 +29,18 @@ def for_inference(
     Args:
         network: with its weights.
         encoding: how slices go through the encoder.
-        precision: type of the encoder's weights, that of the autocast in which it will run (see `autocast_dtype`): it
-            then need not convert them for every chunk. None keeps float32. The head stays float32.
+        precision: type of the weights of the encoder's convolutions and linear layers, that of the autocast in which
+            it will run (see `autocast_dtype`), which then need not convert them for every chunk. None keeps float32.
+            Norms and the head stay float32.
 
     Returns:
         The copy, in evaluation mode.
     """
     network = copy.deepcopy(network).requires_grad_(False).eval()
     folded = fold_batch_norms(network.encoder)
-    if precision is not None:
-        network.encoder.to(precision)
+    for module in network.encoder.modules() if precision is not None else ():
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            module.to(precision)
     network.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.encoding = encoding
     logger.debug("%d batch norms folded into convolutions", folded)

@@ -113,6 +113,9 @@ class DualStreamMIL(nn.Module):
         self.encoder = encoder
         # How a workflow sends slices through the encoder; it belongs to the run, not to the network: saved nowhere.
         self.encoding = SliceEncoding(chunk_slices=0)
+        # Stages of the encoder that are not trained, see `freeze_stages`; a tuple does not register them a second time,
+        # and TorchScript passes over a type that stands in a comment.
+        self.frozen = ()  # type: tuple[nn.Module, ...]
         self.selection = selection
         self.num_channels = num_channels
         self.num_features = num_features
@@ -130,12 +133,10 @@ class DualStreamMIL(nn.Module):
         self.register_buffer("temperature", torch.tensor(1.0))
 
     def train(self, mode: bool = True) -> "DualStreamMIL":
-        """As every module, except that frozen parts of the encoder stay in evaluation mode: their norms and dropout."""
+        """As every module, but frozen stages of the encoder stay in evaluation mode: their norms and dropout."""
         super().train(mode)
-        for module in self.encoder.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
+        for stage in self.frozen:
+            stage.eval()
         return self
 
     def forward(self, image: Tensor, mask: Optional[Tensor] = None) -> Tensor:

@@ -12,6 +12,7 @@ from ..errors import InputError
 __all__ = ["Stage", "freeze_stages", "stages_of"]
 
 Stage = nn.Sequential
+FORWARDS = ("monai.networks.nets.resnet.ResNet.forward", "torchvision.models.resnet.ResNet.forward")
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -29,10 +30,12 @@ def stages_of(encoder: nn.Module) -> list[Stage]:
     Raises:
         InputError: the encoder is neither.
     """
-    if isinstance(encoder, nn.Sequential):
+    if isinstance(encoder, nn.Sequential) and type(encoder).forward is nn.Sequential.forward:
         return [nn.Sequential(child) for child in encoder]
     has: Callable[[str], bool] = lambda name: isinstance(getattr(encoder, name, None), nn.Module)  # noqa: E731
-    if not all(map(has, ("conv1", "bn1", "maxpool", "avgpool", *LAYERS))):
+    # A subclass with a forward of its own is another function, whatever its parts are called.
+    known = f"{type(encoder).forward.__module__}.{type(encoder).forward.__qualname__}" in FORWARDS
+    if not known or not all(map(has, ("conv1", "bn1", "maxpool", "avgpool", *LAYERS))):
         raise InputError(
             f"the stages of a {type(encoder).__name__} are not known: frozen_stages and recomputation with batch norm "
             "need a ResNet of MONAI or torchvision, or a torch.nn.Sequential"
@@ -48,17 +51,22 @@ def stages_of(encoder: nn.Module) -> list[Stage]:
     return [nn.Sequential(*stem), *(nn.Sequential(part(name)) for name in LAYERS[:-1]), nn.Sequential(*end)]
 
 
-def freeze_stages(encoder: nn.Module, count: int) -> None:
-    """Freeze the first stages of an encoder: their weights are not trained, and DualStreamMIL keeps them in evaluation.
+def freeze_stages(encoder: nn.Module, count: int) -> list[Stage]:
+    """Freeze the first stages of an encoder: their weights are not trained.
 
     Args:
         encoder: see `stages_of`.
         count: 0 freezes nothing; the number of stages or more freezes all.
+
+    Returns:
+        The frozen stages.
 
     Raises:
         InputError: `count` is negative, or the stages are not known.
     """
     if count < 0:
         raise InputError(f"frozen_stages must be 0 or more, not {count}")
-    for stage in stages_of(encoder)[:count] if count else ():
+    stages = stages_of(encoder)[:count] if count else []
+    for stage in stages:
         stage.requires_grad_(False)
+    return stages

@@ -6,6 +6,7 @@ on a CPU show holds on GPUs, and leaves out a process that takes part with a bag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,15 +88,22 @@ class SyncedBatchNorm(_BatchNorm):
             kept.lerp_(new.to(kept.dtype), share)
 
 
-def with_synced_norms(network: nn.Module) -> nn.Module:
+def with_synced_norms(network: nn.Module, frozen: Sequence[nn.Module] = ()) -> nn.Module:
     """Replace every batch norm that is not frozen by one over all processes, in place; parameters are kept, not copied.
+
+    Args:
+        network: whose norms are replaced.
+        frozen: parts of it whose norms stay, because they look at no statistic of a batch.
 
     Returns:
         The same module.
     """
-    for parent in list(network.modules()):
+    left = {module for part in frozen for module in part.modules()}
+    for parent in [module for module in network.modules() if module not in left]:
         for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm) and not isinstance(child, (FrozenBatchNorm2d, SyncedBatchNorm)):
+            if child in left or isinstance(child, (FrozenBatchNorm2d, SyncedBatchNorm)):
+                continue
+            if isinstance(child, _BatchNorm):
                 new = SyncedBatchNorm(
                     child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
                 )

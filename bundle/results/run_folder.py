@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..data.identity import scan_identity
+from ..data.identity import scan_folders, scan_identity
 from ..errors import InputError
-from ..files import replacing
+from ..files import FULL, replacing
 from ..processes import num_processes, rank
 from .records import read_record, record_file_name, remove_foreign_records, write_predictions, write_record
 
@@ -51,7 +51,7 @@ class RunFolder:
         resume: keep what is done; false: remove the records of earlier runs, unless another process is at work here.
 
     Raises:
-        InputError: on two cases of one name.
+        InputError: on two cases of one name, or an `output_dir` in the folder of a scan.
     """
 
     def __init__(
@@ -66,6 +66,13 @@ class RunFolder:
         self.index = {case["case"]: i for i, case in enumerate(cases)}
         if len(self.index) < len(cases):
             raise InputError("two cases have the same name: classify them in separate runs, or name them by case_names")
+        if self._is_in_a_scan():
+            # Its files would be part of the scan: no case is done that changes with each result, and the reader, which
+            # opens all of them, would end the locks of this process when it closes `.lock`.
+            raise InputError(
+                "output_dir is, or lies in, a folder of DICOM images that is to be classified: choose a folder outside "
+                "the folders of the cases"
+            )
         self.done: set[int] = set()
         self._claimed: dict[int, dict[str, str]] = {}
 
@@ -84,25 +91,38 @@ class RunFolder:
             return
         run = json.dumps([self.made_from, sorted(self.index)], sort_keys=True)
         identity = hashlib.sha256(run.encode()).hexdigest().encode()
-        file = self._lock_file = self._opened()
+        self._lock_file = self._opened()
+        try:
+            first = self._enter(identity)
+        except InputError:
+            self.close()
+            raise
+        if not first:
+            self.done = {i for i in range(len(self.cases)) if self._is_done(i)}
+        logger.info("%d of %d cases are done already", len(self.done), len(self.cases))
+
+    def _enter(self, identity: bytes) -> bool:
+        """Be inside from now on; whether nobody else is."""
+        file = self._lock_file
+        assert file is not None
         with self._locked(ENTRY):
-            same = file.read(2 * len(identity)) == identity
+            with self._telling():
+                same = file.read(2 * len(identity)) == identity
             first = self._lock(INSIDE)
             if not first and not same:
-                self.close()
                 raise InputError(
                     f"another run is at work in {self.output_dir} with other weights, settings or cases: wait until it "
                     "has ended, or choose another output_dir"
                 )
             if first:
-                file.seek(0)
-                file.write(identity)
-                file.truncate(len(identity))
+                with self._telling():
+                    file.seek(0)
+                    file.write(identity)
+                    file.truncate(len(identity))
                 self._begin()
-            self._lock(INSIDE, shared=True)
-        if not first:
-            self.done = {i for i in range(len(self.cases)) if self._is_done(i)}
-        logger.info("%d of %d cases are done already", len(self.done), len(self.cases))
+            # Of those that leave, one may look just now whether it is the last.
+            self._lock(INSIDE, shared=True, wait=True)
+        return first
 
     def close(self) -> None:
         """Leave the folder; claims end."""
@@ -119,25 +139,51 @@ class RunFolder:
             return
         self._lock_file = self._opened()
         end = time.monotonic() + LEAVE_SECONDS
-        while not self._lock(INSIDE) and time.monotonic() < end:
+        while not self._is_empty() and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
         self.close()
 
-    def _opened(self) -> BinaryIO:
+    def _is_empty(self) -> bool:
+        """Whether no process is inside or about to enter, which would take this look for another run."""
+        if not self._lock(ENTRY):
+            return False
+        empty = self._lock(INSIDE)
+        self._unlock(INSIDE)
+        self._unlock(ENTRY)
+        return empty
+
+    def _is_in_a_scan(self) -> bool:
+        """Whether a folder that is written to lies in one of the scans; by inode, whatever links lead there."""
+        records = Path(os.path.realpath(self.output_dir / "cases"))
+        written = {found for path in (records, *records.parents) if (found := _inode(path)) is not None}
+        images = (case["image"] for case in self.cases if case.get("image") is not None)
+        return any(_inode(folder) in written for image in images for folder in scan_folders(image))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say in a sentence that the folder cannot be written in."""
         try:
+            yield
+        except OSError as error:
+            advice = (
+                "free space there, or choose another folder"
+                if error.errno in FULL
+                else "choose a folder that is writable"
+            )
+            raise InputError(f"output_dir: cannot write in {self.output_dir} ({error.strerror}); {advice}") from error
+
+    def _opened(self) -> BinaryIO:
+        with self._telling():
             self.output_dir.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise InputError(
-                f"output_dir: cannot write in {self.output_dir} ({error.strerror}); choose a folder that is writable"
-            ) from error
         return os.fdopen(handle, "r+b", buffering=0)
 
     def _begin(self) -> None:
         """Remove what killed processes left and what is to be done again; tell of the rest in a new `cases.jsonl`."""
-        for folder in (self.output_dir, self.output_dir / "cases"):
-            for path in folder.glob(".part-*"):
-                path.unlink(missing_ok=True)
+        with self._telling():
+            for folder in (self.output_dir, self.output_dir / "cases"):
+                for path in folder.glob(".part-*"):
+                    path.unlink(missing_ok=True)
         self.done = set()
         with replacing(self.output_dir / "cases.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
             for i, case in enumerate(self.cases):
@@ -146,7 +192,8 @@ class RunFolder:
                 if record is None:
                     continue
                 if not self.resume or record["reason_code"] == TRIED_AGAIN:
-                    path.unlink()
+                    with self._telling():
+                        path.unlink()
                 elif self._fits(record, i):
                     self.done.add(i)
                     file.write(_line(record))
@@ -213,7 +260,8 @@ class RunFolder:
             records = [{**record, "slices": []} for record in self.records()]
             write_predictions(self.output_dir / "predictions.csv", records, class_names)
             if len(records) == len(self.cases):
-                remove_foreign_records(self.output_dir / "cases", self.index)
+                with self._telling():
+                    remove_foreign_records(self.output_dir / "cases", self.index)
         logger.info("%d of %d cases are in predictions.csv", len(records), len(self.cases))
         return records
 
@@ -228,7 +276,12 @@ class RunFolder:
         return record is not None and self._fits(record, i)
 
     def _fits(self, record: Mapping[str, Any], i: int) -> bool:
-        return record["case"] == self.cases[i]["case"] and record.get("made_from") == self._made_from(i)
+        made_from = record.get("made_from")
+        if record["case"] != self.cases[i]["case"] or not isinstance(made_from, dict):
+            return False
+        # The scan last: its files are opened for it.
+        own = {key: value for key, value in made_from.items() if key != "scan"}
+        return own == self.made_from and made_from == self._made_from(i)
 
     # --- locks ---
 
@@ -266,6 +319,14 @@ class RunFolder:
             yield
         finally:
             self._unlock(byte)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -68,10 +68,13 @@ class WriteRecords:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self._write_table)
 
-    def _start(self) -> None:
+    def _start(self, engine: Engine) -> None:
         self.records = []
         if self.run_folder is not None:
             self.run_folder.open()
+            # Now, so that it comes after all that other handlers write: who enters next removes unfinished files.
+            if not engine.has_event_handler(self.run_folder.close, Events.COMPLETED):
+                engine.add_event_handler(Events.COMPLETED, self.run_folder.close)
 
     def __call__(self, engine: Engine) -> None:
         batch: dict[str, Any] = engine.state.batch  # type: ignore[assignment]
@@ -128,7 +131,6 @@ class WriteRecords:
     def _write_table(self) -> None:
         if self.run_folder is not None:
             self.records = self.run_folder.write_table(self.class_names)
-            self.run_folder.close()
         else:
             write_predictions(self.output_dir / "predictions.csv", self.records, self.class_names)
             remove_foreign_records(self.output_dir / "cases", [record["case"] for record in self.records])

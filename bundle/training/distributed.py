@@ -44,6 +44,10 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 
+# What a process needs to know to find the others.
+BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 def group_size() -> int:
     """How many processes train together; 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -78,7 +82,7 @@ def local_device() -> torch.device:
 
 def _local_rank() -> int:
     number = os.environ.get("LOCAL_RANK", "")
-    if not number.isdecimal() or "RANK" not in os.environ:
+    if not number.isdecimal() or any(name not in os.environ for name in BY_TORCHRUN):
         raise InputError(
             "multi_gpu_train.yaml is for several processes: start them with torchrun --nproc_per_node=N -m "
             "monai.bundle run ..., or leave the file out"

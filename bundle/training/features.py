@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from monai.transforms import Transform
 from torch import Tensor, nn
 from torch.utils.data import get_worker_info
 
+from ..data.cache_key import code_digest, described, digest, sources_of
 from ..errors import InputError
+from ..model import encoding
 from ..model.encoding import SliceEncoding
 from ..model.network import DualStreamMIL
 from ..model.stages import stages_of
 
-__all__ = ["EncodeStagesd", "frozen_features"]
+__all__ = ["EncodeStagesd", "check_features", "frozen_features"]
+
+MODEL_SOURCES = sources_of(sorted(Path(encoding.__file__).parent.glob("*.py")))
 
 
 class EncodeStagesd(Transform):
@@ -59,11 +63,33 @@ class EncodeStagesd(Transform):
 
 
 def _digest(stages: nn.Module) -> str:
-    found = hashlib.sha256(str(stages).encode())
-    for name, tensor in stages.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+    """Of weights, of other attributes of the modules, of the code of their classes and of this project's networks."""
+    parts = [[name, type(module).__qualname__, _own_values(module)] for name, module in stages.named_modules()]
+    modules = {type(module).__module__ for module in stages.modules()}
+    return digest([parts, described(stages.state_dict()), code_digest(modules, sources=MODEL_SOURCES)])
+
+
+def _own_values(module: nn.Module) -> Any:
+    return described({k: v for k, v in vars(module).items() if k != "training" and not k.startswith("_")})
+
+
+def check_features(network: DualStreamMIL, features: Sequence[EncodeStagesd]) -> None:
+    """Refuse to go on with features of an encoder that is not the network's, as a resumed checkpoint may hold another.
+
+    Args:
+        network: with the weights that training starts from.
+        features: from `frozen_features`.
+
+    Raises:
+        InputError: they are of other weights.
+    """
+    for step in features:
+        stages = stages_of(network.encoder)[: network.encoding.first_stage]
+        if _digest(nn.Sequential(*stages)) != step.digest:
+            raise InputError(
+                "the checkpoint in output_dir holds another encoder than encoder_weights (or seed) gives now, and "
+                "cache_features keeps features of the latter: put the former back, or choose another output_dir"
+            )
 
 
 def frozen_features(

@@ -42,13 +42,14 @@ def start_network(
     frozen = [module for module in network.encoder.modules() if isinstance(module, FrozenBatchNorm2d)]
     if any(bool((norm.running_var == 1).all()) and not bool(norm.running_mean.any()) for norm in frozen):  # type: ignore
         logger.warning("norm frozen_batch has no trained statistics and changes nothing: give encoder_weights")
-    freeze_stages(network.encoder, frozen_stages)
+    network.frozen = tuple(freeze_stages(network.encoder, frozen_stages))
     if frozen_stages and encoder_weights is None:
         logger.warning("frozen_stages keeps random weights as they are: give encoder_weights")
     if encoding is not None:
         network.encoding = encoding
+        encoding.check(network.encoder)
     if group_size() > 1:
-        with_synced_norms(network)
+        with_synced_norms(network, network.frozen)
     network.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 

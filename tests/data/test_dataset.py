@@ -225,6 +225,13 @@ def test_refused_cases_are_kept_where_asked(cached: bool, tmp_path: Path) -> Non
         assert torch.equal(data[2, i]["image"], whole[2, i]["image"])
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_kept_refusal_holds_no_volume(cached: bool, tmp_path: Path) -> None:
+    data = dataset(broken(), cache=exact(tmp_path) if cached else None, keep_refused=True)
+    refusal = data[1]["refusal"]
+    assert (refusal.__traceback__, refusal.__cause__, refusal.__context__) == (None, None, None)
+
+
 @forks
 def test_a_refusal_comes_out_of_a_worker_whole() -> None:
     data = dataset(broken(), keep_refused=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bundle.data.dicom_files import DicomFiles
-from bundle.data.identity import scan_identity
+from bundle.data.identity import END_BYTES, scan_folders, scan_identity
 from bundle.data.policy import SeriesRules
 from bundle.errors import Refusal
 
@@ -56,6 +56,52 @@ def test_it_follows_every_change_and_nothing_else(scans: Path, kind: str) -> Non
         change(first)
         seen.add(identity(scans, kind))
     assert len(seen) == 4
+
+
+def overwritten(path: Path, at: int) -> None:
+    """One byte other than before, and neither size nor time."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [10, END_BYTES, END_BYTES + 1, 2 * END_BYTES, 3 * END_BYTES])
+def test_a_scan_in_place_of_one_of_the_same_size_and_time_is_another(scans: Path, kind: str, size: int) -> None:
+    first = scans / ("study/1/x.dcm" if kind in ("folder", "study") else "a.nii.gz")
+    first.write_bytes(bytes(size))
+    seen = {identity(scans, kind)}
+    places = (0, min(size, END_BYTES) - 1, max(size - END_BYTES, 1), size - 1)
+    for place in places:
+        before = identity(scans, kind)
+        overwritten(first, place)
+        assert identity(scans, kind) not in seen, place
+        overwritten(first, place)
+        assert identity(scans, kind) == before
+    if size > 2 * END_BYTES:  # the price of not reading the whole
+        overwritten(first, size // 2)
+        assert identity(scans, kind) in seen
+
+
+def test_a_pipe_in_the_folder_of_a_scan_is_not_opened(scans: Path) -> None:
+    os.mkfifo(scans / "study" / "pipe")
+    end = os.open(scans / "study" / "pipe", os.O_RDWR)  # with it, opening another would not wait
+    os.write(end, b"x")
+    identity(scans, "folder")
+    os.set_blocking(end, False)
+    assert os.read(end, 1) == b"x"
+    os.close(end)
+
+
+def test_the_folders_in_which_every_file_may_count(scans: Path) -> None:
+    found = {kind: list(scan_folders(make(scans))) for kind, make in KINDS.items()}
+    assert found["folder"] == [scans / "study"]
+    assert found["study"] == [scans / "study" / "1", scans / "study" / "2"]
+    assert list(scan_folders([scans / "study", str(scans / "study" / "1")])) == [
+        scans / "study",
+        scans / "study" / "1",
+    ]
 
 
 def test_files_that_come_go_or_change_their_names_in_a_folder_count(scans: Path) -> None:

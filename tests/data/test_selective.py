@@ -165,6 +165,20 @@ def test_padding_in_a_drawn_slice_needs_the_whole_volume(tmp_path: Path) -> None
     assert_equal(prepare_drawn(case_of(hit), steps, ALL[0]), whole(case_of(hit), steps, ALL[0]), None)
 
 
+def test_drawn_slices_of_nothing_but_padding_say_nothing_of_the_whole(tmp_path: Path) -> None:
+    draw = bundle.UniformSlicesd(2)
+    drawn = draw.choose(COUNT, np.random.default_rng(0)).tolist()
+
+    def empty(ds: Dataset, k: int) -> None:
+        ds.PixelPaddingValue = 7
+        if k in drawn:
+            factory.set_pixels(ds, np.full((ds.Rows, ds.Columns), 7))
+
+    path = factory.make_series(tmp_path / "s", empty, count=COUNT)
+    assert prepare_drawn(case_of(path), steps_of(), draw) is None
+    assert len(whole(case_of(path), steps_of(), draw)["image"]) == 2
+
+
 def test_a_constant_part_says_nothing_of_the_whole(tmp_path: Path) -> None:
     draw = bundle.UniformSlicesd(2)
     varying = next(k for k in range(COUNT) if k not in draw.choose(COUNT, np.random.default_rng(0)))
@@ -193,6 +207,13 @@ class MyWindow(ScaleIntensityRanged):
     pass
 
 
+class MyCut(bundle.VolumeToBagd):
+    """Its own way to cut, in a method that the bundle's `__call__` calls."""
+
+    def _cut(self, *arguments: Any) -> Any:
+        return super()._cut(*arguments)
+
+
 class MyDraw(bundle.UniformSlicesd):
     def __call__(self, data: Any) -> Any:
         return super().__call__(data)
@@ -210,6 +231,7 @@ def test_what_looks_at_other_voxels_is_prepared_whole() -> None:
         steps_of(min_foreground=0.02),
         steps_of(intensity=MyWindow("image", 0.0, 80.0, 0.0, 1.0)),
         [*steps_of()[:4], MyCrop("image", None), *steps_of()[5:]],
+        [*steps_of()[:6], MyCut("image", "acquired"), *steps_of()[7:]],
         [*steps_of(), lambda bag: bag],
         [steps_of()[0], *steps_of()[5:6], *steps_of()[1:5], *steps_of()[6:]],  # the check after the window
         steps_of()[1:],

@@ -107,8 +107,11 @@ def test_recomputation_keeps_less():
 
 def test_recomputation_with_batch_norm_needs_known_stages():
     encoding = SliceEncoding(recompute=True)
-    with pytest.raises(InputError, match="the stages of a Counted are not known"):
-        encoding(Counted(made("batch")).train(), slices(3))
+    for refused in (encoding, lambda encoder, _: encoding.check(encoder)):
+        with pytest.raises(InputError, match="the stages of a Counted are not known"):
+            refused(Counted(made("batch")).train(), slices(3))
+    encoding.check(Counted(made("group")))
+    SliceEncoding().check(Counted(made("batch")))
     encoding(Counted(made("group")).train(), slices(3)).sum().backward()
 
 
@@ -147,3 +150,17 @@ def test_a_compiled_encoder_gives_the_same():
     first = encoding(encoder, image).sum()
     first.backward()
     assert encoder[0].weight.grad is not None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    import torch._inductor.config as inductor
+
+    torch._dynamo.reset()
+    with inductor.patch({"cpp.cxx": ("/nonexistent/g++",), "fx_graph_cache": False}):
+        encoding = SliceEncoding(compile=True)
+        with pytest.raises(InputError, match="compile_encoder needs a C\\+\\+ compiler"), torch.no_grad():
+            encoding(nn.Sequential(nn.Conv2d(1, 3, 5), nn.ReLU(), nn.Flatten()).eval(), torch.rand(3, 1, 9, 9))

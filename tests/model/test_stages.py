@@ -42,7 +42,7 @@ def test_the_stages_are_the_encoder(make, training):
 def test_the_stages_of_a_torchvision_resnet():
     encoder = Torchvision(channels=1).eval()
     slices = torch.rand(3, 1, 64, 64)
-    expected = encoder.fc(encoder.features(slices))
+    expected = encoder(slices)
     assert len(stages_of(encoder)) == 5
     torch.testing.assert_close(nn.Sequential(*stages_of(encoder))(slices), expected)
 
@@ -54,6 +54,25 @@ class Own(nn.Module):
 
     def forward(self, x):
         return self.body(x)
+
+
+def test_a_subclass_with_a_forward_of_its_own_has_no_known_stages():
+    class Scaled(type(resnet())):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    encoder = resnet()
+    encoder.__class__ = Scaled
+    with pytest.raises(InputError, match="the stages of a Scaled are not known"):
+        stages_of(encoder)
+
+
+def test_frozen_modules_without_weights_stay_in_evaluation_too():
+    layers = [nn.Conv2d(1, 16, 3), nn.Dropout(0.5), nn.BatchNorm2d(16, affine=False), nn.AdaptiveAvgPool2d(1)]
+    network = DualStreamMIL(nn.Sequential(*layers, nn.Flatten()), SoftSelection(), num_features=16)
+    start_network(network, frozen_stages=3).train()
+    assert [module.training for module in layers[:3]] == [False, False, False]
+    assert network.value.training
 
 
 def test_unknown_stages_are_said_so_only_when_they_are_needed():

@@ -130,7 +130,9 @@ def _infer(run: Run, given: argparse.Namespace, results: dict[str, Any]) -> None
             for source, scans in {**made, **({} if real is None else {"real scans": real})}.items():
                 cell = inference_cell(run, size, norm, source, scans)
                 _show(run, results, cell, lambda s=scans, size=size, norm=norm: profile_inference(run, size, norm, s))
-            results["agreement"].append(agreement(run, size, norm, [path for paths in made.values() for path in paths]))
+            # The same bags for every norm, also where fewer kinds are timed.
+            bags = [path for source in sources(run, True) for path in scans_of(run, source, size)]
+            results["agreement"].append(agreement(run, size, norm, bags))
     tqdm.write("\n" + table_of_agreement(results["agreement"]))
     _judge(results, "agreement", verdicts_of_agreement(results["agreement"]))
 
@@ -139,7 +141,7 @@ def _grow(run: Run, given: argparse.Namespace, results: dict[str, Any]) -> None:
     norm = given.norms[0]
     results["growth"] = growth(run, norm)
     tqdm.write(f"\ngrowth, {run.settings.grow_side} pixels, {norm} norm\n\n{table_of_growth(results['growth'])}")
-    _judge(results, "growth", verdicts_of_growth(results["growth"]))
+    _judge(results, "growth", verdicts_of_growth(results["growth"], run.settings.memory_slices))
 
 
 def _show(run: Run, results: dict[str, Any], cell: dict[str, Any], profile: Callable[[], str]) -> None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .inference_part import inference_of, weights_of
 from .made_scans import write_datalist, write_nifti, write_series
-from .measuring import Record, interleaved
+from .measuring import Record, interleaved, seconds
 from .memory_child import peak_of
-from .project import Training
+from .project import Training, prepared_cohort
 from .settings import Run
 from .training_part import OURS, STOCK, Measure
 
 __all__ = ["growth"]
 
+logger = logging.getLogger(__name__)
 VOXEL_BYTES = 4  # of a decoded volume, which readers give as float32
 LONG = 30  # slices of the small volumes of a growing cohort
 
@@ -97,23 +98,17 @@ def _preparing(run: Run, norm: str, count: int) -> Callable[[], Measure]:
     def prepare() -> Measure:
         datalist, cache = _cohort(run, count), run.store.folder / f"grown-{count}"
 
-        def opened() -> tuple[Training, float]:
-            start = time.perf_counter()
-            training = Training(datalist, cache, run.settings.device, **_changes(run, norm))
-            loader = training.parser.get_parsed_content("train::dataloader")
-            first = sum(1 for _ in loader)
-            return training, (time.perf_counter() - start) / max(first, 1)
+        def opened() -> tuple[Callable[[], None], float]:
+            once, preparing = prepared_cohort(datalist, cache, run.settings.device, **_changes(run, norm))
+            return once, (preparing + seconds(once, run.device)) / count
 
         def measure() -> dict[str, float]:
             shutil.rmtree(cache, ignore_errors=True)
             _, first = opened()
-            training, again = opened()
-            start = time.perf_counter()
-            for _ in training.parser.get_parsed_content("train::dataloader"):
-                pass
-            later = (time.perf_counter() - start) / count
-            return {"seconds": first, "second start": again, "reading a bag": later}
+            once, again = opened()
+            return {"seconds": first, "second start": again, "reading a bag": seconds(once, run.device) / count}
 
+        measure()
         return measure
 
     return prepare
@@ -168,8 +163,12 @@ def _memory_of_training(run: Run, norm: str, volume: Path) -> list[dict[str, Any
 
 def _in_child(run: Run, name: str, task: dict[str, Any]) -> dict[str, float]:
     kept = run.store.get(name)
-    if kept is None:
+    if not kept:
         run.tell(name)
         kept = peak_of(task)
-        run.store.put(name, kept)
+        # Where there was no memory today there may be some tomorrow.
+        if kept:
+            run.store.put(name, kept)
+        else:
+            logger.warning("%s: the process was killed and is not in the table", name)
     return kept

@@ -18,7 +18,7 @@ from bundle.weights import read_checkpoint
 
 from .limit import decode, fastest, inference_forms
 from .made_scans import write_datalist, write_nifti, write_series
-from .measuring import interleaved, seconds
+from .measuring import digest_of_files, interleaved, seconds
 from .profiling import profiled
 from .project import Inference, network_of, save_weights
 from .rivals import PlainNetwork, StockInference, stock_encoder, stock_transforms
@@ -86,7 +86,8 @@ def readable(folder: Path, run: Run) -> list[Path]:
 
 def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[Path]) -> dict[str, Any]:
     """Seconds a scan of every contender, for one size of slices, one norm and some scans."""
-    settings, name = run.settings, f"infer-{size}-{norm}-{source.replace(' ', '_')}"
+    settings, kind = run.settings, f"{source.replace(' ', '_')}-{digest_of_files(scans)}"
+    name = f"infer-{size}-{norm}-{kind}"
     # The form is that of the encoder alone, whatever the scans.
     form_name = f"infer-{size}-{norm}-limit"
 
@@ -98,8 +99,13 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
     def stock(typed: bool) -> Callable[[], Measure]:
         def prepare() -> Measure:
             stock = StockInference(plain_network(run, size, norm), size, run.device, typed)
-            stock(str(scans[0]))
-            return lambda: {"seconds": seconds(lambda: [stock(str(p)) for p in scans], run.device) / len(scans)}
+
+            def all_of_them() -> None:
+                for path in scans:
+                    stock(str(path))
+
+            all_of_them()  # each shape asks for memory and kernels of its own
+            return lambda: {"seconds": seconds(all_of_them, run.device) / len(scans)}
 
         return prepare
 
@@ -107,10 +113,9 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
         known = run.store.get(form_name) or {}
         inference = inference_of(run, size, norm, scans)
         bags = [bag.to(run.device, memory_format=torch.channels_last) for bag in inference.bags()]
-        network = inference.network
         forms = inference_forms(
-            stock_encoder(norm, settings.shape), lambda s: network.encode(s[None], None)[0], run.low, run.device,
-            bags[0], settings.compiled,
+            stock_encoder(norm, settings.shape), inference.network_that_runs, run.low, run.device, bags[0],
+            settings.compiled,
         )  # fmt: skip
         form, once, tried = fastest(forms, bags[0], False, partial(run.tell_of, name), known.get("form"))
         run.store.put(form_name, known or {"form": form, "seconds": tried})
@@ -120,6 +125,7 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
                 decode(path)
                 once(bag)
 
+        all_of_them()  # the form was warmed up on the shape of the first scan alone
         return lambda: {"seconds": seconds(all_of_them, run.device) / len(scans)}
 
     contenders = {OURS: ours, STOCK: stock(False), TYPED: stock(True), f"{LIMIT} + decode": limit}
@@ -130,16 +136,26 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
 
 
 def agreement(run: Run, size: int, norm: str, scans: Sequence[Path]) -> dict[str, Any]:
-    """Largest differences of probabilities between this project's paths and the plain one on the same bags."""
-    name = f"agreement-{size}-{norm}"
+    """How far this project's paths are from the plain one on the same bags.
+
+    Returns:
+        `float32` and `mixed precision`: the largest difference of a probability; `critical slices`: under the same two
+        names, in how many bags the slice with the largest selection weight is another one (for any class); `bags`.
+    """
+    name = f"agreement-{size}-{norm}-{digest_of_files(scans)}"
     found = run.store.get(name)
     if found is None:
-        run.tell(f"{name}: comparing probabilities")
+        run.tell(f"{name}: comparing probabilities and critical slices")
         plain = plain_network(run, size, norm).to(run.device).eval()
-        single, mixed = (inference_of(run, size, norm, scans, amp=amp) for amp in (False, True))
+        paths = {"float32": False, "mixed precision": True}
+        inferences = {path: inference_of(run, size, norm, scans, amp=amp) for path, amp in paths.items()}
         with torch.no_grad():
-            truth = [plain(bag[None].to(run.device)).softmax(dim=-1)[0].cpu() for bag in single.bags()]
-        found = {"float32": _apart(single.run(), truth), "mixed precision": _apart(mixed.run(), truth)}
+            truth = [plain.explain(bag[None].to(run.device)) for bag in inferences["float32"].bags()]
+        probabilities = [output.logits.softmax(dim=-1)[0].cpu() for output in truth]
+        critical = [output.selection_weights[0].argmax(dim=0).cpu() for output in truth]
+        found = {path: _apart(inference.run(), probabilities) for path, inference in inferences.items()}
+        found["critical slices"] = {path: _changed(i.critical, critical) for path, i in inferences.items()}
+        found["bags"] = len(truth)
         run.store.put(name, found)
     return {"size": size, "norm": norm, **found}
 
@@ -158,6 +174,10 @@ def profile_inference(run: Run, size: int, norm: str, scans: Sequence[Path]) -> 
 
 def _apart(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return max(float((one - other).abs().max()) for one, other in zip(found, truth, strict=True))
+
+
+def _changed(found: Sequence[Tensor], truth: Sequence[Tensor]) -> int:
+    return sum(not torch.equal(one, other) for one, other in zip(found, truth, strict=True))
 
 
 def weights_of(run: Run, size: int, norm: str) -> Path:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,53 +23,61 @@ __all__ = ["decode", "fastest", "inference_forms", "training_forms"]
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # slices: their activations stay in the cache of a processor
+WARM = 2  # runs before the first that counts: frozen TorchScript watches its first and compiles in its second
+RECOMPILED = 64  # forms of one encoder that torch.compile may make, one for all numbers of slices and some for few
 CLOSE = 1.25  # times the fastest: near enough for noise to decide
+OWN = "the project's encoder"
 Form = Callable[[Tensor], Tensor]
 
 
 def training_forms(
-    encoder: nn.Module, own: Form, low: torch.dtype | None, device: torch.device, by_slice: bool, compiled: bool
+    encoder: nn.Module, network: Any, low: torch.dtype | None, device: torch.device, by_slice: bool, compiled: bool
 ) -> Iterator[tuple[str, Form]]:
     """Forward passes of one encoder in several forms, by name; a backward pass follows each.
 
     Args:
         encoder: a stock one.
-        own: the project's own forward pass of its encoder, which must not be faster than the limit.
+        network: the project's own as it runs, whose encoder must not be faster than the limit.
         low: the 16-bit type that the machine has, or None.
         device: of the encoder.
         by_slice: the norm treats slices one by one, so that chunks give the same.
         compiled: try torch.compile too.
     """
     last = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last).train()
-    forms: dict[str, Form] = {"float32": last}
+    forms: dict[str, tuple[nn.Module, Form]] = {"float32": (last, last)}
     if low is not None:
-        forms = {"autocast": _cast(last, low, device)}
         pure = copy.deepcopy(last).to(low)
-        forms["pure 16 bit"] = lambda slices: pure(slices.to(low))
+        forms = {
+            "autocast": (last, _cast(last, low, device)),
+            "pure 16 bit": (pure, lambda slices: pure(slices.to(low))),
+        }
     if compiled:
-        forms["compiled"] = _cast(torch.compile(last, dynamic=False), low, device)
-    yield from forms.items()
-    if by_slice:
-        yield from ((f"{name}, chunks of {CHUNK}", _chunked(form)) for name, form in forms.items())
-    yield "the project's encoder", _cast(own, low, device)
+        forms["compiled"] = last, _cast(_compiled(last), low, device)
+    for name, (module, form) in forms.items():
+        yield name, _with_new_gradients(module, form)
+    for name, (module, form) in forms.items() if by_slice else ():
+        yield f"{name}, chunks of {CHUNK}", _with_new_gradients(module, _chunked(form))
+    yield OWN, _with_new_gradients(network, _cast(_encode_of(network), low, device))
 
 
 def inference_forms(
-    encoder: nn.Module, own: Form, low: torch.dtype | None, device: torch.device, example: Tensor, compiled: bool
+    encoder: nn.Module, network: Any, low: torch.dtype | None, device: torch.device, example: Tensor, compiled: bool
 ) -> Iterator[tuple[str, Form]]:
     """As `training_forms`, for inference: also frozen, where convolutions and norms are fused.
 
     Args:
         encoder: a stock one.
-        own: the project's own forward pass of its encoder.
+        network: the project's own as it runs.
         low: the 16-bit type that the machine has, or None.
         device: of the encoder.
         example: slices (M, C, H, W) of the size asked about.
         compiled: try torch.compile too.
     """
     last = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last).eval()
-    forms: dict[str, Form] = {"float32": last}
-    if low is not None:
+    forms: dict[str, Form]
+    if low is None:
+        forms = {"float32": last, "frozen, float32": torch.jit.freeze(torch.jit.trace(last, example[:2]))}
+    else:
         pure = copy.deepcopy(last).to(low)
         frozen = torch.jit.freeze(torch.jit.trace(pure, example[:2].to(low)))
         forms = {
@@ -77,10 +86,31 @@ def inference_forms(
             "frozen, pure 16 bit": lambda slices: frozen(slices.to(low)),
         }
     if compiled:
-        forms["compiled"] = _cast(torch.compile(last, dynamic=False), low, device)
+        forms["compiled"] = _cast(_compiled(last), low, device)
     yield from forms.items()
     yield from ((f"{name}, chunks of {CHUNK}", _chunked(form)) for name, form in forms.items())
-    yield "the project's encoder", _cast(own, low, device)
+    yield OWN, _cast(_encode_of(network), low, device)
+
+
+def _encode_of(network: Any) -> Form:
+    return lambda slices: network.encode(slices[None], None)[0]
+
+
+def _compiled(encoder: nn.Module) -> Any:
+    # Encoders share their code, and so the number of forms that is allowed; what earlier ones used up is given back.
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = RECOMPILED
+    # A second number of slices makes a form for all numbers, so that many scans do not compile a form each.
+    return torch.compile(encoder, dynamic=None)
+
+
+def _with_new_gradients(module: nn.Module, form: Form) -> Form:
+    # A step writes gradients; where old ones are left, it adds to them, which costs more.
+    def cleared(slices: Tensor) -> Tensor:
+        module.zero_grad(set_to_none=True)
+        return form(slices)
+
+    return cleared
 
 
 def _cast(form: Form, low: torch.dtype | None, device: torch.device) -> Form:
@@ -102,7 +132,7 @@ def fastest(
     tell: Callable[[str], None],
     known: str | None = None,
 ) -> tuple[str, Callable[[Tensor], None], dict[str, float]]:
-    """Try every form once to warm it up and once for time, and those near the front again.
+    """Try every form twice to warm it up and once for time, and those near the front again.
 
     Args:
         forms: name and forward pass.
@@ -130,7 +160,8 @@ def fastest(
             tell(f"the limit: {name}")
             runs[name] = partial(once, form)
             try:
-                runs[name](slices)
+                for _ in range(WARM):
+                    runs[name](slices)
             # A machine without a compiler, or a type that an operation lacks, leaves the other forms.
             except Exception as error:
                 logger.warning("the form '%s' does not work here (%s)", name, type(error).__name__)

@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 
 from bundle.files import write_json
 
-__all__ = ["Record", "Spread", "Store", "interleaved", "paired", "seconds", "spread", "surroundings"]
+__all__ = ["Record", "Spread", "Store", "digest_of_files", "interleaved", "paired", "seconds", "spread", "surroundings"]
 
 logger = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,8 @@ def _wait(device: torch.device) -> None:
 
 def surroundings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Machine, versions, settings and sources: what makes two measurements comparable."""
-    sources = [*ROOT.glob("bundle/**/*.py"), *ROOT.glob("configs/*.yaml"), *ROOT.glob("tests/performance/*.py")]
+    patterns = ("bundle/**/*.py", "configs/*.yaml", "tests/performance/*.py", "tests/data/dicom_factory.py")
+    sources = [path for pattern in patterns for path in ROOT.glob(pattern)]
     digest = hashlib.sha256()
     for path in sorted(sources):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -85,6 +86,20 @@ def surroundings(settings: Mapping[str, Any]) -> dict[str, Any]:
         "settings": dict(settings),
         "sources": digest.hexdigest(),
     }  # fmt: skip
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """Changes with the names, sizes and times of change of files and of all files below folders.
+
+    What is measured on some scans must not be taken for what is measured on others; to read them all for it would take
+    longer than it is worth. Only names from a given path on count, so that a folder can be moved.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+            name, state = file.relative_to(path.parent).as_posix(), file.stat()
+            digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:12]
 
 
 def _processor() -> str:

@@ -5,6 +5,8 @@ A process that measured before keeps what it once allocated, and a child of it s
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import resource
 import subprocess
@@ -18,20 +20,35 @@ import torch
 
 from .measuring import ROOT
 
-__all__ = ["measured", "peak_bytes", "peak_of"]
+__all__ = ["held_bytes", "measured", "peak_bytes", "peak_of"]
 
 COMMAND = ("-m", __name__)
 UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 def peak_bytes() -> int:
-    """The most memory that this process ever held (resident set)."""
+    """The most memory that this process held (resident set) since `_forget_peak`, or ever where that does nothing."""
+    # Unlike ru_maxrss, this begins anew with the program.
+    return _status("VmHWM")
+
+
+def held_bytes() -> int:
+    """The memory that this process holds now (resident set); its peak on a system that does not tell."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
-    # Unlike ru_maxrss, this begins anew with the program.
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _forget_peak() -> None:
+    # What was held while a network was built is no peak of what comes after. Some systems and containers forbid it.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_of(task: dict[str, Any]) -> dict[str, float]:
@@ -41,8 +58,8 @@ def peak_of(task: dict[str, Any]) -> dict[str, float]:
         task: arguments of `inference` or `training` below under their names, and `task`, which of them.
 
     Returns:
-        `seconds` of a second run, `before` and `peak` bytes; nothing where the process was killed, for want of memory
-        above all.
+        `seconds` of a second run, bytes held `before` the first and at the `peak` of both; nothing where the process
+        was killed, for want of memory above all.
 
     Raises:
         RuntimeError: with what the child said, when it failed by itself.
@@ -91,7 +108,9 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
     """Do a task twice in this process; see `peak_of`."""
     arguments = dict(task)
     action = {"inference": inference, "training": training}[arguments.pop("task")](**arguments)
-    before = peak_bytes()
+    gc.collect()  # of what contenders built only to take something out of it
+    _forget_peak()
+    before = held_bytes()
     action()
     start = time.perf_counter()
     action()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bundle.weights import save_atomically
 
 from .measuring import ROOT, seconds
 
-__all__ = ["Inference", "Training", "network_of", "save_weights"]
+__all__ = ["Inference", "Training", "network_of", "prepared_cohort", "save_weights"]
 
 # Handlers that validate, watch, choose, save or show are no part of a step.
 NOT_A_STEP = ("validate", "stability", "best_model", "@log", "checkpoint", "progress")
@@ -52,6 +53,32 @@ def network_of(device: str, changes: dict[str, Any]) -> nn.Module:
     return _parser("train", {**changes, "device": f"$torch.device('{device}')"}).get_parsed_content("network")
 
 
+def _training_parser(datalist: Path, cache_dir: Path, device: str, changes: dict[str, Any]) -> ConfigParser:
+    places = {"dataset_dir": str(datalist.parent), "datalist": str(datalist), "cache_dir": str(cache_dir)}
+    never = {"max_epochs": 100_000, "output_dir": str(cache_dir.parent / "unused")}
+    return _parser("train", {**places, **never, "device": f"$torch.device('{device}')", **changes})
+
+
+def prepared_cohort(datalist: Path, cache_dir: Path, device: str, **changes: Any) -> tuple[Callable[[], None], float]:
+    """Dataset and loader of configs/train.yaml alone; arguments as for `Training`.
+
+    Returns:
+        A function that goes once through the loader, and the seconds that the dataset took to prepare all cases. What
+        they need besides (the config, the steps of the preparation, the cache's folder) is built before.
+    """
+    parser = _training_parser(datalist, cache_dir, device, changes)
+    for name in ("cache", "train::preprocessing"):
+        parser.get_parsed_content(name)
+    taken = seconds(lambda: parser.get_parsed_content("train::dataset"), torch.device(device))
+    loader = parser.get_parsed_content("train::dataloader")
+
+    def once() -> None:
+        for _ in loader:
+            pass
+
+    return once, taken
+
+
 class Training:
     """The trainer of configs/train.yaml, with a slice cache on disk, less validation, logs and checkpoints.
 
@@ -63,9 +90,7 @@ class Training:
     """
 
     def __init__(self, datalist: Path, cache_dir: Path, device: str, **changes: Any) -> None:
-        places = {"dataset_dir": str(datalist.parent), "datalist": str(datalist), "cache_dir": str(cache_dir)}
-        never = {"max_epochs": 100_000, "output_dir": str(cache_dir.parent / "unused")}
-        self.parser = _parser("train", {**places, **never, "device": f"$torch.device('{device}')", **changes})
+        self.parser = _training_parser(datalist, cache_dir, device, changes)
         handlers = self.parser["train::handlers"]
         self.parser["train::handlers"] = [h for h in handlers if not any(n in json.dumps(h) for n in NOT_A_STEP)]
         self.device = torch.device(device)
@@ -133,12 +158,19 @@ class Inference:
         self.evaluator.logger.disabled = True
         self.num_cases = len(self.parser.get_parsed_content("dataset"))
         self.probabilities: list[Tensor] = []
+        self.critical: list[Tensor] = []
         self._waiting = _Waiting(self.evaluator)
         self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._note)
 
     def _note(self, engine: Any) -> None:
         if "pred" in engine.state.output:
             self.probabilities += list(engine.state.output["pred"].float().softmax(dim=-1).cpu())
+            self.critical += list(engine.state.output["evidence"].selection_weights.argmax(dim=1).cpu())
+
+    @property
+    def network_that_runs(self) -> Any:
+        """The network inside the evaluator: a copy made for inference, not the one that holds the weights."""
+        return self.evaluator.network.network
 
     def bags(self) -> list[Tensor]:
         """The image (N, C, H, W) of every case."""
@@ -146,12 +178,12 @@ class Inference:
         return [image[mask] for batch in batches for image, mask in zip(batch["image"], batch["mask"], strict=True)]
 
     def run(self) -> list[Tensor]:
-        """Probabilities (K,) of every case.
+        """Probabilities (K,) of every case; `critical` then has its slices (S,) of the largest selection weight.
 
         Raises:
             InputError: when one was refused; its time would count as that of a case.
         """
-        self.probabilities = []
+        self.probabilities, self.critical = [], []
         self.evaluator.run()
         if len(self.probabilities) != self.num_cases:
             raise InputError(f"{self.num_cases - len(self.probabilities)} of {self.num_cases} scans were refused")

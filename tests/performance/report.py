@@ -91,12 +91,15 @@ def table_of_cell(cell: dict[str, Any]) -> str:
 
 
 def table_of_agreement(found: Sequence[dict[str, Any]]) -> str:
-    """Largest differences of probabilities from the plain path."""
-    rows = [["largest difference of a probability from the plain float32 path", "float32", "mixed precision"]]
+    """Largest differences of probabilities from the plain path, and bags whose critical slice is another one."""
+    paths = ("float32", "mixed precision")
+    rows = [["from the plain float32 path: largest difference of a probability", *paths]]
+    changed = [["bags whose critical slice changes", "", ""]]
     for entry in found:
         name = f"{entry['size']} × {entry['size']}, {entry['norm']} norm"
-        rows.append([name, f"{entry['float32']:.1e}", f"{entry['mixed precision']:.1e}"])
-    return _aligned(rows)
+        rows.append([name, *(f"{entry[path]:.1e}" for path in paths)])
+        changed.append([name, *(f"{entry['critical slices'][path]} of {entry['bags']}" for path in paths)])
+    return _aligned([*rows, *changed])
 
 
 def table_of_growth(growth: dict[str, Any]) -> str:
@@ -119,14 +122,26 @@ def table_of_growth(growth: dict[str, Any]) -> str:
     return "\n\n".join([*tables, _aligned(rows)])
 
 
-def verdicts_of_growth(growth: dict[str, Any]) -> list[Verdict]:
-    """The target on memory, from the second to the last size of a series."""
-    rows = [row for row in growth["memory"] if row["what"] == "classifying a series" and row["who"] == OURS]
-    if len(rows) < 2:
+def verdicts_of_growth(growth: dict[str, Any], slices: Sequence[int]) -> list[Verdict]:
+    """The target on memory.
+
+    Args:
+        growth: see `growth_part.growth`.
+        slices: of the series that were to be measured; the last two are compared.
+    """
+    if len(slices) < 2:
         return []
-    first, last = rows[-2], rows[-1]
-    ratio = max(0.0, last["bytes"]) / max(1.0, first["bytes"])
-    text = f"at most {OF_MEMORY} × the memory from {first['slices']} to {last['slices']} slices"
+    rows = [row for row in growth["memory"] if row["what"] == "classifying a series" and row["who"] == OURS]
+    above = {row["slices"]: row["bytes"] for row in rows}
+    first, last = slices[-2:]
+    text = f"at most {OF_MEMORY} × the memory from {first} to {last} slices"
+    for size in (first, last):
+        if size not in above:
+            return [Verdict(text, f"no measurement at {size} slices, the process was killed", False)]
+        # As much as nothing above the scan cannot be told from a measurement that went wrong, and has no ratio.
+        if above[size] <= 0:
+            return [Verdict(text, f"{above[size] / 2**20:.1f} MiB at {size} slices, which gives no ratio", False)]
+    ratio = above[last] / above[first]
     return [Verdict(text, f"{ratio:.2f}", ratio <= OF_MEMORY)]
 
 

@@ -32,6 +32,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmil.models import DSMIL
 
+from bundle.model.network import BagOutput
 from bundle.training.engine import autocast_dtype
 
 __all__ = [
@@ -92,10 +93,14 @@ class PlainNetwork(nn.Module):
 
     def forward(self, bags: Tensor) -> Tensor:
         """Logits (B, K) of bags (B, N, C, H, W)."""
+        return self.explain(bags).logits
+
+    def explain(self, bags: Tensor) -> BagOutput:
+        """Logits and evidence of bags."""
         features = self.slices(bags).float()
         mask = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
-            return self.network.head(features, mask).logits
+            return self.network.head(features, mask)
 
 
 def torchmil_dsmil(encoder: nn.Module, side: int, bag_size: int) -> tuple[nn.Module, Loss]:

@@ -65,8 +65,8 @@ def training_cell(run: Run, size: int, norm: str) -> dict[str, Any]:
         slices = slices.contiguous(memory_format=torch.channels_last)
         network = network_of(settings.device, changes).train()
         forms = training_forms(
-            stock_encoder(norm, settings.shape), lambda s: network.encode(s[None], None)[0], run.low, run.device,
-            by_slice=norm != "batch", compiled=settings.compiled,
+            stock_encoder(norm, settings.shape), network, run.low, run.device, by_slice=norm != "batch",
+            compiled=settings.compiled,
         )  # fmt: skip
         form, once, tried = fastest(forms, slices, True, partial(run.tell_of, name), known.get("form"))
         run.store.put(f"{name}-limit", known or {"form": form, "seconds": tried})

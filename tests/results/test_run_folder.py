@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ from typing import Any
 import pytest
 
 import bundle.results.run_folder as module
+from bundle.data.dicom_files import DicomFiles
 from bundle.errors import InputError, Refusal
+from bundle.files import replacing
 from bundle.results.records import read_record, record_file_name, refused_record, write_record
-from bundle.results.run_folder import FIRST_CASE, INSIDE, RunFolder
+from bundle.results.run_folder import ENTRY, FIRST_CASE, INSIDE, RunFolder
 
 from .test_records import make, rows_of
 
@@ -29,6 +32,17 @@ for byte in map(int, sys.argv[3:]):
     fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
 print("held", flush=True)
 sys.stdin.read()
+"""
+LEAVING = """
+import fcntl, sys, time
+file = open(sys.argv[1], "r+b")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, int(sys.argv[2]))
+print("held", flush=True)
+time.sleep(1)
+"""
+LOOK = """
+import fcntl, sys
+fcntl.lockf(open(sys.argv[1], "r+b"), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(sys.argv[2]))
 """
 
 
@@ -226,6 +240,115 @@ def test_the_one_with_an_exit_status_waits_until_the_others_have_left(tmp_path, 
     monkeypatch.setattr(module, "LEAVE_SECONDS", 0.0)
     with another_process(tmp_path / "out"):
         run.wait_for_others()
+
+
+def test_one_that_looks_whether_it_is_the_last_does_not_keep_others_from_being_inside(tmp_path, cases):
+    run = folder(tmp_path, cases)
+    run.open()
+    run.close()
+    lock = str(tmp_path / "out" / ".lock")
+    with subprocess.Popen([sys.executable, "-c", LEAVING, lock, str(INSIDE)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        run.open()
+    looked = subprocess.run([sys.executable, "-c", LOOK, lock, str(INSIDE)], capture_output=True, text=True)
+    assert "BlockingIOError" in looked.stderr
+    run.close()
+
+
+def test_who_looks_whether_it_is_the_last_waits_for_those_about_to_enter(tmp_path, cases):
+    run = folder(tmp_path, cases)
+    run.open()
+    run.close()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out" / ".lock"), str(ENTRY)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        run._lock_file = run._opened()
+        assert not run._is_empty()
+        other.kill()
+        other.wait()
+        assert run._is_empty()
+        # Nothing is held afterwards.
+        for byte in (ENTRY, INSIDE):
+            subprocess.run([sys.executable, "-c", LOOK, str(tmp_path / "out" / ".lock"), str(byte)], check=True)
+    run.close()
+
+
+def test_results_in_the_folder_of_a_scan_are_refused_before_anything_is_written(tmp_path):
+    scan = tmp_path / "data" / "study" / "series" / "1.dcm"
+    scan.parent.mkdir(parents=True)
+    scan.write_text("an image")
+    (tmp_path / "link").symlink_to(scan.parent)
+    study, series = scan.parent.parent, scan.parent
+    images = {"folder": study, "text": str(series), "files": [tmp_path / "a.nii", series], "study": DicomFiles((scan,))}
+    for image in images.values():
+        case = {"case": "c", "image": image}
+        for output in (series, series / "out", series / "out" / "deeper", tmp_path / "link" / "out"):
+            with pytest.raises(InputError, match=r"output_dir is, or lies in, a folder of DICOM images .*: choose a"):
+                RunFolder(output, [{"case": "refused"}, case], MADE_FROM)
+        for output in (tmp_path, tmp_path / "data", tmp_path / "data" / "out", tmp_path / "data" / "study-2"):
+            RunFolder(output, [{"case": "refused"}, case], MADE_FROM)
+    with pytest.raises(InputError, match="output_dir is, or lies in"):
+        RunFolder(study / "out", [{"case": "c", "image": study}], MADE_FROM)
+    study.rename(tmp_path / "data" / "cases")
+    with pytest.raises(InputError, match="output_dir is, or lies in"):  # where the records go
+        RunFolder(tmp_path / "data", [{"case": "c", "image": tmp_path / "data" / "cases"}], MADE_FROM)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["1.dcm", "cases", "data", "link", "series"]
+
+
+def test_a_scan_in_place_of_one_of_the_same_size_and_time_is_done_anew(tmp_path, cases):
+    work(folder(tmp_path, cases))
+    status = cases[2]["image"].stat()
+    cases[2]["image"].write_text("a SCAN")
+    os.utime(cases[2]["image"], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert work(folder(tmp_path, cases)) == ["c2"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_full_disk_is_told_in_a_sentence(tmp_path, cases):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to("/dev/full")
+    run = folder(tmp_path, cases)
+    with pytest.raises(InputError, match=r"output_dir: cannot write in .*out \(No space left on device\); free space"):
+        run.open()
+    assert run._lock_file is None
+    with (
+        pytest.raises(InputError, match=r"cannot write x\.json: No space left on device; free space in .*out$"),
+        replacing(tmp_path / "out" / "x.json"),
+        Path("/dev/full").open("w") as full,
+    ):
+        full.write("text")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_what_cannot_be_removed_is_told_in_a_sentence(tmp_path, cases):
+    (tmp_path / "out" / "cases" / ".part-x").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"output_dir: cannot write in .*; choose a folder that is writable"):
+        folder(tmp_path, cases).open()
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "told"),
+    [
+        (errno.ENOSPC, None, True),
+        (errno.EDQUOT, "out/below/y", True),
+        (errno.EROFS, "elsewhere/y", False),
+        (errno.EIO, None, True),
+        (errno.EACCES, "out/x.json", True),
+        (errno.EACCES, "out/y", False),
+        (errno.ENOENT, "out/x.json", False),
+        (None, None, False),
+    ],
+)
+def test_only_errors_of_writing_become_one_of_the_file_written(tmp_path, number, name, told):
+    error = OSError("a sentence") if number is None else OSError(number, os.strerror(number))
+    if name is not None:
+        error.filename = str(tmp_path / name)
+    with pytest.raises(InputError if told else OSError) as raised, replacing(tmp_path / "out" / "x.json"):
+        raise error
+    assert (raised.value is error) != told
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_only_a_whole_table_removes_records_and_only_of_other_cases(tmp_path, cases):

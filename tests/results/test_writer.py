@@ -15,6 +15,7 @@ from bundle.data.transforms import AddNeighboursd
 from bundle.errors import InputError, Refusal
 from bundle.model.network import BagOutput
 from bundle.results.records import read_records
+from bundle.results.run_folder import RunFolder
 from bundle.results.writer import DrawKeySlices, WriteMetrics, WriteRecords, exit_status
 
 NAMES = ["no", "yes"]
@@ -254,6 +255,21 @@ def test_records_of_an_earlier_run_go_and_other_files_stay(tmp_path):
 
 def record_in_file(path: Path):
     return json.loads(path.read_text())
+
+
+def test_the_folder_is_left_after_the_last_handler_has_written(tmp_path, monkeypatch):
+    # Who enters a folder in which nobody is removes the unfinished files, this picture among them.
+    folder = RunFolder(tmp_path, [{"case": "a"}], {"version": "1"})
+    inside = []
+    monkeypatch.setattr(writer, "draw_key_slices", lambda *_, **__: inside.append(folder._lock_file is not None))
+    results = WriteRecords(tmp_path, NAMES, run_folder=folder)
+    engine = Engine(lambda engine, batch: output_of(batch))
+    results.attach(engine)
+    DrawKeySlices(results).attach(engine)
+    for _ in range(2):
+        engine.run([collate_bags([bag("a")])], max_epochs=1)
+        assert folder._lock_file is None
+    assert inside == [True, True]
 
 
 def test_an_engine_that_runs_twice_counts_once(tmp_path):

@@ -152,9 +152,15 @@ def test_without_torchrun_it_is_one_sentence(monkeypatch):
 
 
 def test_the_device_of_a_process(monkeypatch):
-    for name, value in (("RANK", "5"), ("LOCAL_RANK", "1")):
+    told = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in told:
+        with monkeypatch.context() as without:
+            without.delenv(name)
+            with pytest.raises(InputError, match="start them with torchrun"):
+                local_device()
     assert local_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -181,5 +187,8 @@ def test_synced_norms_take_the_place_of_batch_norms_alone():
     assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
     assert list(network.state_dict()) == names
     x = torch.randn(4, 3, 5, 5)
+    frozen = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3))
+    with_synced_norms(frozen, [frozen[:1]])
+    assert [type(norm) for norm in frozen] == [torch.nn.BatchNorm2d, SyncedBatchNorm]
     network[0].eval()
     torch.testing.assert_close(network[0](x), torch.nn.BatchNorm2d(3).eval()(x))  # evaluation asks no other process

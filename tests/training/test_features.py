@@ -14,7 +14,8 @@ from bundle.model.encoding import SliceEncoding
 from bundle.model.network import DualStreamMIL
 from bundle.model.selection import SoftSelection
 from bundle.model.stages import stages_of
-from bundle.training.features import EncodeStagesd, frozen_features
+from bundle.training import features
+from bundle.training.features import EncodeStagesd, check_features, frozen_features
 from bundle.training.run import start_network
 from tests.model.encoders import resnet
 
@@ -102,6 +103,34 @@ def test_the_digest_is_of_weights_statistics_and_architecture():
             digest(lambda e: setattr(e.bn1, "eps", 1e-3)),
         }
     assert len(others | {digest()}) == 5
+
+
+def test_the_digest_is_of_plain_attributes_too():
+    class Scale(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x):
+            return self.factor * x
+
+    assert EncodeStagesd(nn.Sequential(Scale(1.0))).digest != EncodeStagesd(nn.Sequential(Scale(2.0))).digest
+
+
+def test_the_digest_is_of_the_code_of_networks(monkeypatch):
+    before = EncodeStagesd(nn.Sequential(nn.ReLU())).digest
+    monkeypatch.setattr(features, "MODEL_SOURCES", [["encoding.py", "another"]])
+    assert EncodeStagesd(nn.Sequential(nn.ReLU())).digest != before
+
+
+def test_features_of_another_encoder_than_the_checkpoint_holds_are_refused(tmp_path):
+    net = network()
+    steps = frozen_features(net, 3, True, augment=False, cache=SliceCache(tmp_path / "cache"))
+    check_features(net, steps)
+    check_features(net, [])
+    net.encoder.load_state_dict(resnet(seed=1).state_dict())
+    with pytest.raises(InputError, match="holds another encoder than encoder_weights"):
+        check_features(net, steps)
 
 
 def test_bfloat16_is_kept_apart_and_near():

@@ -3,14 +3,22 @@
 import csv
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+
+from bundle.data.identity import END_BYTES
+from bundle.data.phantom import make_case
+from bundle.data.phantom_files import write_dicom
 
 from .conftest import ROOT, environment
 from .test_evaluate_and_infer import evaluate_arguments, infer_arguments, table
@@ -56,13 +64,18 @@ def assert_same_results(output, reference, tolerance):
 
 
 def spoil(scan):
-    """Other bytes, and no sign of it: whoever reads the scan will refuse it."""
-    status = scan.stat()
-    scan.write_bytes(b"x" * status.st_size)
+    """Other bytes in the middle, and no sign of it: whoever reads the whole scan will refuse it."""
+    status, content = scan.stat(), bytearray(scan.read_bytes())
+    assert len(content) > 3 * END_BYTES
+    content[END_BYTES:-END_BYTES] = b"x" * (len(content) - 2 * END_BYTES)
+    scan.write_bytes(content)
     os.utime(scan, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def test_processes_and_batches_give_the_same_results_and_a_second_run_reads_nothing(archive, trained, tmp_path, monai):
+    for number, scan in enumerate(sorted(archive.glob("c0?.nii.gz"))):
+        noise = np.random.default_rng(number).integers(0, 2**15, (96, 96, 12), np.int16)
+        nib.save(nib.Nifti1Image(noise, np.diag([2.0, 2.0, 5.0, 1.0])), scan)
     outputs = {name: tmp_path / name for name in ("one", "processes")}
     arguments = {
         name: [*infer_arguments(archive, trained / "model.pt", output), "--amp", "false"]
@@ -79,7 +92,7 @@ def test_processes_and_batches_give_the_same_results_and_a_second_run_reads_noth
     assert sorted(told(outputs["processes"])) == sorted(told(outputs["one"]))
 
     before = {path: path.stat().st_mtime_ns for path in (outputs["one"] / "cases").iterdir()}
-    for scan in archive.glob("c0*"):
+    for scan in archive.glob("c0?.nii.gz"):
         spoil(scan)
     (archive / "c17x.nii.gz").write_text("this is no image either")
     done = monai(*arguments["one"], "--case_names", "path", status=3)
@@ -130,6 +143,42 @@ def test_a_killed_run_goes_on_and_two_at_a_time_share_what_is_left(archive, trai
         ".lock", "cases", "cases.jsonl", "key_slices.png", "predictions.csv"
     ]  # fmt: skip
     assert not list((output / "cases").glob(".*"))
+
+
+def test_a_full_disk_ends_a_run_with_a_sentence_and_the_next_goes_on(archive, trained, tmp_path, monai):
+    for scan in archive.glob("c[12]*"):
+        scan.unlink()
+    arguments = infer_arguments(archive, trained / "model.pt", tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert done.returncode == 1
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(r"error: cannot write case-\w+\.json: File too large; free space in .*/out/cases", sentence)
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out" / "cases").iterdir()) == []
+    monai(*arguments, status=3)
+    assert len(table(tmp_path / "out" / "predictions.csv")) == 11
+
+
+def test_results_lie_beside_dicom_cases_and_never_in_one(trained, tmp_path, monai):
+    scans = tmp_path / "scans"
+    for number in (1, 2):
+        write_dicom(make_case(3, number), scans / f"series_{number}")
+    before = sorted(scans.rglob("*"))
+    for output in (scans / "series_1", scans / "series_2" / "out"):
+        done = monai(*infer_arguments(scans, trained / "model.pt", output), status=1)
+        assert "error: output_dir is, or lies in, a folder of DICOM images that is to be classified" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert sorted(scans.rglob("*")) == before
+    for done_before in (0, 2):
+        done = monai(*infer_arguments(scans, trained / "model.pt", scans))
+        assert f"{done_before} of 2 cases are done already" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])

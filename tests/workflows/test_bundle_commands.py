@@ -93,7 +93,15 @@ def test_package_holds_what_it_needs_and_nothing_else(package):
     files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bundle").rglob("*.py")}
     configs = {
-        f"configs/{name}" for name in ("train.json", "evaluate.json", "inference.json", "metadata.json", "logging.conf")
+        f"configs/{name}"
+        for name in (
+            "train.json",
+            "multi_gpu_train.json",
+            "evaluate.json",
+            "inference.json",
+            "metadata.json",
+            "logging.conf",
+        )
     }
     fixed = {"LICENSE", "CITATION.cff", "constraints.txt", "requirements.txt", "models/model.pt", "docs/README.md"}
     assert files >= code | configs | fixed

@@ -34,7 +34,7 @@ def test_kept_features_train_as_slices_do(stages, cohort, trained, tmp_path, mon
                 assert float(fast[name]) == pytest.approx(float(plain[name]), abs=1e-4), name
 
     arguments = train_arguments(cohort, tmp_path / "true", "configs/evaluate.yaml")
-    monai(*arguments, "--amp", "false", "--cache_dir", "None", "--section", "validation")
+    monai(*arguments, "--amp", "false", "--cache_dir", "null", "--section", "validation")
     metrics = json.loads((tmp_path / "true" / "validation" / "metrics.json").read_text())
     last = max(float(row["val_auc"]) for row in runs["true"] if row["val_auc"])
     assert metrics["scores"]["auc"]["value"] == pytest.approx(last, abs=1e-4), "slices give what features gave"

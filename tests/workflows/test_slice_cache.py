@@ -10,6 +10,7 @@ from pathlib import Path
 import monai.bundle
 import pytest
 
+import bundle
 from bundle.errors import input_error_behind
 
 from .conftest import ROOT, train_arguments
@@ -39,7 +40,7 @@ def test_training_and_evaluation_share_entries_and_learn_as_without(cohort, tmp_
 
     moved, elsewhere = tmp_path / "moved", tmp_path / "other"
     shutil.copytree(cohort, moved, ignore=shutil.ignore_patterns("cache"))
-    monai(*train_arguments(moved, elsewhere), *settings, "--cache_dir", "None")
+    monai(*train_arguments(moved, elsewhere), *settings, "--cache_dir", "null")
     assert entries(cache) == made
     for with_cache, without in zip(epochs(output), epochs(elsewhere), strict=True):
         for name in ("train_loss", "val_nll"):
@@ -49,7 +50,7 @@ def test_training_and_evaluation_share_entries_and_learn_as_without(cohort, tmp_
 @pytest.mark.parametrize(
     ("setting", "value", "sentence"),
     [
-        ("cache_dir", "null", "cache_dir is a folder, or null in YAML and None on the command line to keep nothing"),
+        ("cache_dir", " ", "cache_dir is a folder, or null to keep nothing"),
         ("cache_type", "int8", "cache_type must be uint16 or float32, not 'int8'"),
         ("cache_limit_gb", 1e-6, "cases are prepared"),
         ("cache_limit_gb", 0, "cache_limit_gb must be above 0"),
@@ -67,3 +68,19 @@ def test_a_cache_that_cannot_be_used_ends_in_a_sentence(setting, value, sentence
     assert sentence in found
     assert "\n" not in found
     assert not output.exists()
+
+
+def test_null_on_the_command_line_is_kept_to(cohort, tmp_path, monai):
+    """MONAI leaves out arguments whose value is None, so the word has to do."""
+    output = tmp_path / "run"
+    window = "{'_target_': 'bundle.ScaleWindowd', 'keys': 'image', 'low': 0.0, 'high': 300.0}"
+    settings = ("--cache_dir", "null", "--crop_margin", "null", "--intensity", window, "--max_epochs", "2")
+    before = entries(cohort / "cache") if (cohort / "cache" / "entries").exists() else {}
+    default = (ROOT / "output" / "cache").exists()
+    monai(*train_arguments(cohort, output), *settings)
+    assert ROOT.joinpath("output", "cache").exists() == default
+    assert (entries(cohort / "cache") if before else {}) == before
+    recipe = bundle.Recipe.load(output / "model.pt")
+    assert recipe["crop_margin"] is None
+    crop = next(step for step in recipe["preparation"] if step["_target_"] == "bundle.CropToForegroundd")
+    assert crop["margin"] is None
