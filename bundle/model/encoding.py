@@ -17,8 +17,8 @@ from .stages import stages_of
 
 __all__ = ["SliceEncoding"]
 
-# On a CPU the activations of so many slices stay near the caches (16 was as fast as any number from 8 to 64 at 128² and
-# 224², docs/performance.md); a GPU needs more slices at once to be busy.
+# On a CPU the activations of so many slices stay near the caches, and more of them gain nothing; a GPU needs more
+# slices at once to be busy.
 CHUNK_ON_CPU, CHUNK_ON_GPU = 16, 256
 
 
