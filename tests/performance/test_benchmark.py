@@ -260,7 +260,8 @@ def test_shares_add_up_and_know_the_stages() -> None:
     bags = [{**{key: value[0] for key, value in make_batch(1, num_slices=200).items()}} for _ in range(2)]
     found = shares(lambda: [collate_bags(bags) for _ in range(20)])
     assert set(found) == {"collating", "the rest"}
-    assert found["collating"] > found["the rest"] >= 0
+    assert found["collating"] > 0
+    assert found["the rest"] >= 0
 
 
 def test_the_fastest_form_that_works_is_the_limit(caplog: pytest.LogCaptureFixture) -> None:

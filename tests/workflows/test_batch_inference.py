@@ -183,8 +183,9 @@ def test_results_lie_beside_dicom_cases_and_never_in_one(trained, tmp_path, mona
 
 @pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_an_interrupted_run_ends_at_once_and_leaves_nothing_behind(archive, trained, tmp_path, workers):
-    for number in range(8):
-        for scan in sorted(archive.glob("c??.nii.gz")):
+    scans = sorted(archive.glob("c??.nii.gz"))
+    for number in range(40):  # so many that a busy machine cannot end them before the signal comes
+        for scan in scans:
             shutil.copy(scan, archive / f"more_{number}_{scan.name}")
     output = tmp_path / "out"
     arguments = [*infer_arguments(archive, trained / "model.pt", output), "--num_workers", workers]
@@ -207,7 +208,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing_behind(archive, trai
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, 0)  # no worker is left
     with (output / "cases.jsonl").open() as file:
-        assert 0 < len(file.readlines()) < 200
+        assert 0 < len(file.readlines()) < 40 * len(scans)
     assert not list((output / "cases").glob(".part-*"))
 
 
