@@ -107,8 +107,10 @@ class SliceEncoding:
 def _recomputed(module: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm)] if isinstance(module, nn.Module) else []
 
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), _statistics_kept(norms)
+
     def apply(slices: Tensor) -> Tensor:
-        contexts = lambda: (contextlib.nullcontext(), _statistics_kept(norms))  # noqa: E731
         result: Tensor = checkpoint(module, slices, use_reentrant=False, context_fn=contexts)
         return result
 

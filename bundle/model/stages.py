@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -14,6 +11,7 @@ __all__ = ["Stage", "freeze_stages", "stages_of"]
 Stage = nn.Sequential
 FORWARDS = ("monai.networks.nets.resnet.ResNet.forward", "torchvision.models.resnet.ResNet.forward")
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+PARTS = ("conv1", "bn1", "maxpool", "avgpool", *LAYERS)
 
 
 class _Flatten(nn.Module):
@@ -32,23 +30,26 @@ def stages_of(encoder: nn.Module) -> list[Stage]:
     """
     if isinstance(encoder, nn.Sequential) and type(encoder).forward is nn.Sequential.forward:
         return [nn.Sequential(child) for child in encoder]
-    has: Callable[[str], bool] = lambda name: isinstance(getattr(encoder, name, None), nn.Module)  # noqa: E731
     # A subclass with a forward of its own is another function, whatever its parts are called.
     known = f"{type(encoder).forward.__module__}.{type(encoder).forward.__qualname__}" in FORWARDS
-    if not known or not all(map(has, ("conv1", "bn1", "maxpool", "avgpool", *LAYERS))):
+    if not known or not all(_has(encoder, name) for name in PARTS):
         raise InputError(
             f"the stages of a {type(encoder).__name__} are not known: frozen_stages and recomputation with batch norm "
             "need a ResNet of MONAI or torchvision, or a torch.nn.Sequential"
         )
-    part: Callable[[str], Any] = lambda name: getattr(encoder, name)  # noqa: E731
-    activation = part("act") if has("act") else part("relu")
-    stem = [part("conv1"), part("bn1"), activation]
+    activation = "act" if _has(encoder, "act") else "relu"
+    stem = [encoder.get_submodule(name) for name in ("conv1", "bn1", activation)]
     if not getattr(encoder, "no_max_pool", False):
-        stem.append(part("maxpool"))
-    end = [part("layer4"), part("avgpool"), _Flatten()]
-    if has("fc"):
-        end.append(part("fc"))
-    return [nn.Sequential(*stem), *(nn.Sequential(part(name)) for name in LAYERS[:-1]), nn.Sequential(*end)]
+        stem.append(encoder.get_submodule("maxpool"))
+    end = [encoder.get_submodule("layer4"), encoder.get_submodule("avgpool"), _Flatten()]
+    if _has(encoder, "fc"):
+        end.append(encoder.get_submodule("fc"))
+    between = [nn.Sequential(encoder.get_submodule(name)) for name in LAYERS[:-1]]
+    return [nn.Sequential(*stem), *between, nn.Sequential(*end)]
+
+
+def _has(encoder: nn.Module, name: str) -> bool:
+    return isinstance(getattr(encoder, name, None), nn.Module)
 
 
 def freeze_stages(encoder: nn.Module, count: int) -> list[Stage]:
