@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -74,6 +75,7 @@ class CaseLoader:
             sampler=indices,
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_hand_over_quietly,
             prefetch_factor=math.ceil(self.batch_size / self.num_workers),
         )
         bags = iter(loader)
@@ -86,6 +88,21 @@ class CaseLoader:
 
 def _as_it_is(bag: Any) -> Any:
     return bag
+
+
+def _hand_over_quietly(_: int) -> None:
+    """In a worker: a bag that is no longer wanted is no fault.
+
+    Where an interrupt stops the program while it fetches a bag, the thread of the worker that hands bags over finds the
+    line cut, and Python would print a stack trace after that of the interrupt. Faults of cases do not come this way.
+    """
+    plain = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            plain(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def read_ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +161,35 @@ def test_the_thread_ends_with_its_reader() -> None:
     assert not thread.is_alive()
     list(read_ahead(iter([1])))
     assert not [one for one in threading.enumerate() if one.name == "read-ahead"]
+
+
+INTERRUPTED_WHILE_FETCHING = """
+import multiprocessing.connection as connection, time
+import torch
+from torch.utils.data import Dataset
+from bundle.data.loader import CaseLoader
+
+class Bags(Dataset):
+    def __len__(self):
+        return 5
+    def __getitem__(self, index):
+        return {"case": str(index), "image": torch.zeros(3, 1, 2, 2)}
+
+plain = connection.SocketClient
+
+def cut(address):
+    plain(address).close()
+    time.sleep(0.5)  # the worker notices
+    raise KeyboardInterrupt
+
+connection.SocketClient = cut
+for batch in CaseLoader(Bags(), num_workers=2):
+    pass
+"""
+
+
+def test_an_interrupt_while_a_bag_is_handed_over_prints_one_trace() -> None:
+    command = [sys.executable, "-c", INTERRUPTED_WHILE_FETCHING]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
