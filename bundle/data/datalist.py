@@ -4,10 +4,11 @@ A datalist is a JSON file made from a table of cases by `scripts/make_datalist` 
 
     {"format": 1, "class_names": [...], "seed": 0, "num_folds": 5, "hash": "sha256:...",
      "cases": [{"case": "c1", "image": "images/x.nii.gz", "label": 0, "patient": "p1", "slice_label": [0, 1]}, ...],
-     "folds": [{"training": [case ids], "validation": [...], "test": [...]}, ...]}
+     "folds": [{"training": [case ids], "validation": [...], "test": [...]}, ...], "locked": [case ids]}
 
 `image` is relative to the data folder (or absolute) and a list where the modalities of a case are separate files;
-`slice_label` (1, 0, -1 unknown) is indexed like the stored slices and optional.
+`slice_label` (1, 0, -1 unknown) is indexed like the stored slices and optional. `locked`, optional too, are cases in no
+fold, set aside for one last evaluation; they are read as a section of every fold.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import jsonschema
 
 from ..errors import InputError
 
-__all__ = ["FORMAT", "SECTIONS", "class_names", "content_hash", "load_datalist"]
+__all__ = ["FORMAT", "LOCKED", "SECTIONS", "class_names", "content_hash", "load_datalist"]
 
 SECTIONS = ("training", "validation", "test")
+LOCKED = "locked"
 FORMAT = 1
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -60,6 +62,7 @@ _SCHEMA = {
                 "properties": {section: {"type": "array", "items": _TEXT} for section in SECTIONS},
             },
         },
+        LOCKED: {"type": "array", "items": _TEXT},
     },
 }
 
@@ -98,7 +101,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} was edited after it was made: make it again, or remove its 'hash' to accept the edit")
     _check_cases(path, datalist)
     for number, fold in enumerate(datalist["folds"]):
-        _check_fold(path, number, fold, {case["case"]: case["patient"] for case in datalist["cases"]})
+        patients = {case["case"]: case["patient"] for case in datalist["cases"]}
+        _check_fold(path, number, {**fold, LOCKED: datalist.get(LOCKED, [])}, patients)
     return datalist
 
 
@@ -121,7 +125,7 @@ def _check_cases(path: Path, datalist: dict[str, Any]) -> None:
 def _check_fold(path: Path, number: int, fold: dict[str, list[str]], patients: dict[str, str]) -> None:
     section_of_case: dict[str, str] = {}
     section_of_patient: dict[str, tuple[str, str]] = {}
-    for section in SECTIONS:
+    for section in (*SECTIONS, LOCKED):
         for case in fold[section]:
             if case not in patients:
                 raise InputError(f"{path}: fold {number} names a case {case} that is not in the list: remove it")
@@ -149,7 +153,7 @@ def load_datalist(
 
     Args:
         path: a datalist made by `scripts/make_datalist`.
-        section: "training", "validation" or "test".
+        section: "training", "validation", "test", or "locked", which is the same in every fold.
         fold: number of the fold, from 0.
         dataset_dir: the folder that image paths are relative to, in which case every image must exist; by default the
             folder of the datalist, unchecked.
@@ -164,12 +168,14 @@ def load_datalist(
     """
     path = Path(path)
     datalist = _read(path)
-    if section not in SECTIONS:
-        raise InputError(f"a datalist has no section {section!r}: choose one of {', '.join(SECTIONS)}")
+    if section not in (*SECTIONS, LOCKED):
+        raise InputError(f"a datalist has no section {section!r}: choose one of {', '.join((*SECTIONS, LOCKED))}")
     folds = datalist["folds"]
     if type(fold) is not int or not 0 <= fold < len(folds):
         raise InputError(f"{path} has folds 0 to {len(folds) - 1}, not {fold!r}: choose one of these")
-    chosen = folds[fold][section]
+    chosen = {LOCKED: datalist.get(LOCKED), **folds[fold]}[section]
+    if not chosen and section == LOCKED:
+        raise InputError(f"{path} has no locked cases: make it with scripts/make_datalist --lock SHARE")
     if not chosen:
         raise InputError(f"{path} has no cases in section {section} of fold {fold}: choose another section or fold")
     folder = Path(dataset_dir if dataset_dir is not None else path.parent).absolute()

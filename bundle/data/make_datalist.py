@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .case_table import CaseColumns, CaseTable, read_cases
 from .datalist import FORMAT, SECTIONS, content_hash
 from .slice_table import SliceColumns, add_slice_truth
 
-__all__ = ["make_datalist", "make_folds", "write_datalist"]
+__all__ = ["locked_patients", "make_datalist", "make_folds", "write_datalist"]
 
 
 def make_folds(cases: Sequence[dict[str, Any]], num_folds: int, seed: int) -> list[dict[str, list[str]]]:
@@ -86,6 +86,28 @@ def make_folds(cases: Sequence[dict[str, Any]], num_folds: int, seed: int) -> li
     return folds
 
 
+def locked_patients(patients: Iterable[str], share: float) -> set[str]:
+    """Patients set aside for one last evaluation, chosen by a hash of their identifiers.
+
+    About `share` of them: who is locked depends on the patient alone, so that a cohort that grows, another task on the
+    same patients, or another seed of the folds locks the same ones.
+
+    Args:
+        patients: identifiers.
+        share: from 0 (nobody) to below 1.
+
+    Raises:
+        InputError: on another share.
+    """
+    if not 0 <= share < 1:
+        raise InputError(f"--lock is a share of the patients, from 0 to below 1, not {share}")
+
+    def place(patient: str) -> float:
+        return int.from_bytes(hashlib.sha256(f"lock/{patient}".encode()).digest()[:8], "big") / 2**64
+
+    return {patient for patient in patients if place(patient) < share}
+
+
 def _official_fold(table: CaseTable) -> list[dict[str, list[str]]]:
     """One fold from a column of splits; test may be empty, as in published sets whose test part is kept back."""
     fold: dict[str, list[str]] = {section: [] for section in SECTIONS}
@@ -113,6 +135,7 @@ def make_datalist(
     slice_columns: SliceColumns | None = None,
     skip_unlabelled: bool = False,
     mixed_labels: bool = False,
+    lock: float = 0.0,
 ) -> dict[str, Any]:
     """Make a datalist from a table of cases.
 
@@ -127,6 +150,7 @@ def make_datalist(
         slice_columns: the column names of `slices`.
         skip_unlabelled: leave rows without a label out instead of refusing them.
         mixed_labels: allow a patient's cases to have different labels.
+        lock: share of the patients whose cases are in no fold but in the section "locked", see `locked_patients`.
 
     Returns:
         The datalist, with its hash.
@@ -144,6 +168,10 @@ def make_datalist(
         slice_columns = slice_columns or SliceColumns(label="label")
         found = add_slice_truth(Path(slices), slice_columns, columns, table, folder)
         problems.sentences += [f"{slices}: {sentence}" for sentence in found.sentences]
+    if lock and columns.split:
+        raise InputError("--lock and --split exclude each other: an official split says itself what is kept back")
+    locked = locked_patients({case["patient"] for case in table.cases}, lock)
+    open_cases = [case for case in table.cases if case["patient"] not in locked]
     folds: list[dict[str, list[str]]] = []
     # Folds of a table with bad rows would say wrong things about it: an unknown label looks like a rare class.
     if not problems.sentences:
@@ -151,7 +179,7 @@ def make_datalist(
             for label, name in enumerate(table.class_names):
                 if not any(case["label"] == label for case in table.cases):
                     raise InputError(f"no case has class {label} ({name}): remove it from --classes, or add cases")
-            folds = _official_fold(table) if columns.split else make_folds(table.cases, num_folds, seed)
+            folds = _official_fold(table) if columns.split else make_folds(open_cases, num_folds, seed)
         except InputError as error:
             problems.add(None, None, str(error))
     problems.raise_if_any()
@@ -163,6 +191,8 @@ def make_datalist(
         "cases": table.cases,
         "folds": folds,
     }
+    if lock:
+        datalist["locked"] = sorted(case["case"] for case in table.cases if case["patient"] in locked)
     return {**datalist, "hash": content_hash(datalist)}
 
 
@@ -200,6 +230,8 @@ def _summary(datalist: dict[str, Any]) -> str:
     rows = [["fold", "section", "cases", "patients", *names], ["", "all", *counts(datalist["cases"])]]
     for number, fold in enumerate(datalist["folds"]):
         rows += [[str(number), section, *counts([by_id[name] for name in fold[section]])] for section in SECTIONS]
+    if "locked" in datalist:
+        rows.append(["", "locked", *counts([by_id[name] for name in datalist["locked"]])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     with_truth = sum("slice_label" in case for case in datalist["cases"])
@@ -246,6 +278,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slice_label", default="label", help="its column of 1, 0 or empty = unknown (default: label)")
     parser.add_argument("--skip_unlabelled", action="store_true", help="leave rows without a label out")
     parser.add_argument("--mixed_labels", action="store_true", help="allow a patient's cases to have different labels")
+    parser.add_argument(
+        "--lock",
+        type=float,
+        default=0.0,
+        help="share of the patients to set aside in no fold, chosen by a hash of their identifiers (default: 0)",
+    )
     given = parser.parse_args(arguments)
     columns = CaseColumns(
         image=tuple(name.strip() for name in given.image.split(",")),
@@ -265,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         slice_columns=SliceColumns(label=given.slice_label, index=given.slice_index, case=given.slice_case),
         skip_unlabelled=given.skip_unlabelled,
         mixed_labels=given.mixed_labels,
+        lock=given.lock,
     )
     write_datalist(datalist, given.out)
     print(_summary(datalist))

@@ -10,7 +10,7 @@ import pytest
 
 from bundle.data.case_table import CaseColumns
 from bundle.data.datalist import SECTIONS, class_names, content_hash, load_datalist
-from bundle.data.make_datalist import main, make_datalist, make_folds, write_datalist
+from bundle.data.make_datalist import locked_patients, main, make_datalist, make_folds, write_datalist
 from bundle.data.slice_table import SliceColumns
 from bundle.errors import InputError
 
@@ -345,6 +345,52 @@ def test_mixed_labels_of_a_patient_are_allowed_on_request(tmp_path: Path) -> Non
     table = write_table(tmp_path / "t.csv", rows)
     assert len(problems_of(table)) == len(rows) // 2
     assert len(make_datalist(table, mixed_labels=True)["folds"]) == 5
+
+
+def test_locked_patients_are_in_no_fold_and_read_as_a_section_of_each(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", cohort(tmp_path, patients=40))
+    datalist = make_datalist(table, lock=0.25)
+    of_patient = {case["case"]: case["patient"] for case in datalist["cases"]}
+    locked = {of_patient[name] for name in datalist["locked"]}
+    assert 2 <= len(locked) <= 20
+    for fold in datalist["folds"]:
+        members = [name for section in SECTIONS for name in fold[section]]
+        assert sorted(members + datalist["locked"]) == sorted(of_patient)
+        assert not locked & {of_patient[name] for name in members}
+    write_datalist(datalist, tmp_path / "datalist.json")
+    for fold in (0, 4):
+        records = load_datalist(tmp_path / "datalist.json", "locked", fold)
+        assert [record["case"] for record in records] == datalist["locked"]
+    main([str(table), "--out", str(tmp_path / "same.json"), "--lock", "0.25"])
+    assert (tmp_path / "same.json").read_text() == (tmp_path / "datalist.json").read_text()
+
+
+def test_who_is_locked_depends_on_the_patient_alone() -> None:
+    many = [f"p{number}" for number in range(2000)]
+    locked = locked_patients(many, 0.2)
+    assert 0.17 < len(locked) / len(many) < 0.23
+    assert locked_patients(reversed(many[:500]), 0.2) == locked & set(many[:500])
+    assert locked_patients(many, 0.1) < locked  # a larger share adds some and releases none
+    assert locked_patients(many, 0.0) == set()
+
+
+def test_a_wrong_share_and_an_official_split_cannot_be_locked(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    table = write_table(tmp_path / "t.csv", [{**row, "part": "training"} for row in rows])
+    for share in (1.0, -0.1, float("nan")):
+        with pytest.raises(InputError, match="from 0 to below 1"):
+            make_datalist(table, lock=share)
+    with pytest.raises(InputError, match="--lock and --split exclude each other"):
+        make_datalist(table, CaseColumns(split="part"), lock=0.2)
+    with pytest.raises(InputError, match="no locked cases: make it with scripts/make_datalist --lock"):
+        load_datalist(saved(tmp_path), "locked")
+
+
+def test_a_locked_case_in_a_fold_is_refused(tmp_path: Path) -> None:
+    def change(datalist: dict[str, Any]) -> None:
+        datalist["locked"] = [datalist["folds"][0]["training"][0]]
+
+    with pytest.raises(InputError, match="is in training and in locked"):
+        load_datalist(saved(tmp_path, change), "training")
 
 
 @pytest.mark.parametrize(
