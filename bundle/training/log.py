@@ -1,4 +1,4 @@
-"""The training log: one row an epoch, as CSV and for TensorBoard."""
+"""The training log: a row an epoch and a row a batch as CSV, and the epochs for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..files import replacing
 from .distributed import is_first
+from .stability import StabilityRecorder
 
 __all__ = ["EpochLog"]
 
 logger = logging.getLogger(__name__)
 
+COUNTS = ("epoch", "batch")
 # What a person who watches wants to know; the table has the rest.
 TOLD = ("train_loss", "train_nll_var", "train_accuracy", "val_accuracy", "val_auc", "flip_rate", "temperature")
 
@@ -30,19 +32,27 @@ class EpochLog:
     Of several processes only the first does so.
 
     Args:
-        output_dir: gets `epochs.csv` and the TensorBoard folder `events`.
+        output_dir: gets `epochs.csv`, `batches.csv` (epoch, batch from 1, NLL of each complete training batch in nats)
+            and the TensorBoard folder `events`.
         optimizer: whose learning rates are noted as `lr` (encoder) and `classifier_lr`.
         evaluators: engines whose metrics are noted in the epochs in which they ran.
+        stability: whose batches are noted; None for none.
         tensorboard: whether to write for TensorBoard.
     """
 
     def __init__(
-        self, output_dir: str | Path, optimizer: Optimizer, evaluators: list[Engine], tensorboard: bool = True
+        self,
+        output_dir: str | Path,
+        optimizer: Optimizer,
+        evaluators: list[Engine],
+        stability: StabilityRecorder | None = None,
+        tensorboard: bool = True,
     ):
-        self.path = Path(output_dir) / "epochs.csv"
+        self.epochs = _Table(Path(output_dir) / "epochs.csv")
+        self.batches = _Table(Path(output_dir) / "batches.csv")
         self.events_dir = Path(output_dir) / "events"
         self.optimizer, self.evaluators, self.tensorboard = optimizer, evaluators, tensorboard
-        self.rows: list[dict[str, Any]] = []
+        self.stability = stability
         self._writer: SummaryWriter | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -60,8 +70,10 @@ class EpochLog:
                 row.update(_numbers(evaluator.state.metrics))
         for name, group in zip(("lr", "classifier_lr"), self.optimizer.param_groups, strict=False):
             row[name] = group["lr"]
-        self.rows.append(row)
-        self._write()
+        self.epochs.add([row])
+        if self.stability is not None:
+            nll = self.stability.batch_nll
+            self.batches.add([{"epoch": epoch, "batch": i, "nll": value} for i, value in enumerate(nll, start=1)])
         if self.tensorboard:
             if self._writer is None:
                 # purge_step hides what a killed run wrote after its last checkpoint.
@@ -75,15 +87,9 @@ class EpochLog:
 
     def cut(self, epoch: int) -> None:
         """Take the log of an earlier process up to and with this epoch; later rows and a torn last row are dropped."""
-        self.rows = []
-        if self.path.exists() and is_first():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch:
-                        # Empty cells are kept, so that the columns keep their order.
-                        numbers = {key: float(value) if value else math.nan for key, value in row.items() if key}
-                        self.rows.append({**numbers, "epoch": int(row["epoch"])})
-            self._write()
+        if is_first():
+            self.epochs.cut(epoch)
+            self.batches.cut(epoch)
 
     def close(self) -> None:
         """Close the TensorBoard file."""
@@ -93,6 +99,30 @@ class EpochLog:
     def _close_and_raise(self, _: Engine, error: BaseException) -> None:
         self.close()
         raise error  # ignite takes an exception as dealt with once a handler has seen it
+
+
+class _Table:
+    """A CSV file with a column `epoch`, written anew with each addition, so that a kill leaves no torn row."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        self._write()
+
+    def cut(self, epoch: int) -> None:
+        self.rows = []
+        if not self.path.exists():
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if (row.get("epoch") or "").isdigit() and int(row["epoch"]) <= epoch:
+                    # Empty cells are kept, so that the columns keep their order.
+                    numbers = {key: float(value) if value else math.nan for key, value in row.items() if key}
+                    self.rows.append({**numbers, **{key: int(row[key]) for key in COUNTS if key in row}})
+        self._write()
 
     def _write(self) -> None:
         columns = list(dict.fromkeys(key for row in self.rows for key in row))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ __all__ = ["StabilityRecorder"]
 SUMS = ("bags", "correct", "total", "nll", "bag", "instance", "entropy", "confidence")
 
 
+class Look(NamedTuple):
+    """What a watched case looked like: the stored number of its critical slice, and its attention (N,)."""
+
+    critical: int
+    attention: torch.Tensor
+
+
 class StabilityRecorder:
     """Puts these into the trainer's metrics at the end of every epoch.
 
@@ -35,9 +42,12 @@ class StabilityRecorder:
       `train_eval_accuracy`: of the watched cases in evaluation mode, with all slices. Far apart, they show a norm or
       dropout whose two modes disagree.
     - `flip_rate`: share of the watched cases whose critical slice (highest score) is another one than when last looked.
+    - `attention_drift`: of the watched cases, mean total variation ½ Σ|A - A'| between the attention over all slices
+      and that when last looked: 0 where nothing moved, 1 where all of it went to other slices.
     - `loss_<component>`: mean over the bags of each component of the loss, before its weight.
 
-    A batch is the one that all processes share; the figures are the same on each of them.
+    A batch is the one that all processes share; the figures are the same on each of them. `batch_nll` has the NLL of
+    every complete batch of the last epoch, in order.
 
     Args:
         loss: of the trainer.
@@ -50,7 +60,8 @@ class StabilityRecorder:
         if interval < 0:
             raise InputError(f"stability_interval must be 0 (never) or more, not {interval}")
         self.loss, self.clip, self.evaluator, self.interval = loss, clip, evaluator, interval
-        self.critical: dict[str, int] = {}
+        self.seen: dict[str, Look] = {}
+        self.batch_nll: list[float] = []
         self._reset()
 
     def attach(self, engine: Engine) -> None:
@@ -71,17 +82,19 @@ class StabilityRecorder:
         self._rows.append([len(label), correct, *(len(label) * float(means[name]) for name in SUMS[2:])])
 
     def _reset_watch(self) -> None:
-        self._now: dict[str, tuple[int, bool]] = {}  # critical slice, and whether the prediction is right
+        self._now: dict[str, tuple[Look, bool]] = {}  # and whether the prediction is right
 
     def _watch(self, engine: Engine) -> None:
         output: dict[str, Any] = engine.state.output  # type: ignore[assignment]
         batch: dict[str, Any] = engine.state.batch  # type: ignore[assignment]
         predicted = output[Keys.PRED].argmax(dim=-1)
         right = (predicted == output[Keys.LABEL]).tolist()
-        scores = evidence_of_class(output["evidence"], predicted).scores
-        critical = scores.masked_fill(~output["mask"], float("-inf")).argmax(dim=1).cpu()  # (B,)
-        index = batch["slice_index"].gather(1, critical[:, None])[:, 0]
-        self._now.update(zip(batch["case"], zip(index.tolist(), right, strict=True), strict=True))
+        evidence = evidence_of_class(output["evidence"], predicted)
+        critical = evidence.scores.masked_fill(~output["mask"], float("-inf")).argmax(dim=1).cpu()  # (B,)
+        index = batch["slice_index"].gather(1, critical[:, None])[:, 0].tolist()
+        for i, case in enumerate(batch["case"]):
+            attention = evidence.attention[i][output["mask"][i]].cpu()  # (N,)
+            self._now[case] = Look(index[i], attention), right[i]
 
     def __call__(self, engine: Engine) -> None:
         """Measure the epoch that has just ended."""
@@ -91,6 +104,7 @@ class StabilityRecorder:
         bags = sums["bags"]
         nll = (sums["nll"] / bags)[bags == bags.max()]
         metrics["train_loss"] = float(sums["total"].sum() / bags.sum())
+        self.batch_nll = nll.tolist()
         metrics["train_nll_mean"] = float(nll.mean())
         metrics["train_nll_var"] = float(nll.var(ddof=1)) if len(nll) > 1 else math.nan
         metrics["train_nll_min"], metrics["train_nll_max"] = float(nll.min()), float(nll.max())
@@ -98,7 +112,7 @@ class StabilityRecorder:
         metrics["train_accuracy"] = float(sums["correct"].sum() / bags.sum())
         for name in ("bag", "instance", "entropy", "confidence"):
             metrics[f"loss_{name}"] = float(sums[name].sum() / bags.sum())
-        metrics["train_eval_accuracy"] = metrics["flip_rate"] = math.nan
+        metrics["train_eval_accuracy"] = metrics["flip_rate"] = metrics["attention_drift"] = math.nan
         if self.interval and engine.state.epoch % self.interval == 0:
             device = self.evaluator.state.device
             # Looking must not change the run that is looked at: even an iteration over a DataLoader draws a number.
@@ -106,16 +120,23 @@ class StabilityRecorder:
                 self.evaluator.run(engine.state.epoch)
             watched = {case: seen for share in gathered(self._now) for case, seen in share.items()}
             metrics["train_eval_accuracy"] = sum(right for _, right in watched.values()) / max(1, len(watched))
-            before = [case for case in watched if case in self.critical]
-            if before:
-                flips = sum(watched[case][0] != self.critical[case] for case in before)
-                metrics["flip_rate"] = flips / len(before)
-            self.critical = {case: index for case, (index, _) in watched.items()}
+            now = {case: look for case, (look, _) in watched.items()}
+            pairs = [(look, self.seen[case]) for case, look in now.items() if case in self.seen]
+            # A run may go on with another preparation, in which a case has another number of slices.
+            pairs = [pair for pair in pairs if pair[0].attention.shape == pair[1].attention.shape]
+            if pairs:
+                metrics["flip_rate"] = float(np.mean([one.critical != other.critical for one, other in pairs]))
+                metrics["attention_drift"] = float(np.mean([_distance(one, other) for one, other in pairs]))
+            self.seen = now
 
     def state_dict(self) -> dict[str, Any]:
-        """The critical slice of every watched case when last looked."""
-        return {"critical": dict(self.critical)}
+        """Critical slice and attention of every watched case when last looked."""
+        return {"seen": {case: tuple(look) for case, look in self.seen.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave."""
-        self.critical = dict(state["critical"])
+        self.seen = {case: Look(*look) for case, look in state["seen"].items()}
+
+
+def _distance(one: Look, other: Look) -> float:
+    return 0.5 * float((one.attention - other.attention).abs().sum())

@@ -183,7 +183,7 @@ class Run:
         self.trainer.run()
         return {
             "losses": self.losses, "steps": self.steps, "metrics": self.metrics, "own": self.outputs,
-            "weights": self.network.state_dict(), "critical": self.recorder.critical,
+            "weights": self.network.state_dict(), "seen": self.recorder.state_dict(),
         }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def assert_close(first, second, tolerance):
         assert first.keys() == second.keys()
         for key in first:
             assert_close(first[key], second[key], tolerance)
-    elif isinstance(first, list):
+    elif isinstance(first, (list, tuple)):
         assert len(first) == len(second)
         for a, b in zip(first, second, strict=True):
             assert_close(a, b, tolerance)

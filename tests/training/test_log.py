@@ -13,7 +13,7 @@ from bundle.training.log import EpochLog
 from .conftest import counting_engine
 
 
-def make_log(folder, metrics=None, val_metrics=None, val_epochs=(), tensorboard=False):
+def make_log(folder, metrics=None, val_metrics=None, val_epochs=(), tensorboard=False, stability=None):
     """A trainer and its log; the evaluator runs in some epochs."""
     optimizer = torch.optim.SGD(
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.1, 0.2)], lr=1.0
@@ -27,7 +27,7 @@ def make_log(folder, metrics=None, val_metrics=None, val_epochs=(), tensorboard=
             evaluator.run([0], max_epochs=engine.state.epoch)
 
     trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
-    log = EpochLog(folder, optimizer, [evaluator], tensorboard)
+    log = EpochLog(folder, optimizer, [evaluator], stability, tensorboard)
     log.attach(trainer)
     return trainer, log
 
@@ -97,8 +97,41 @@ def test_later_rows_and_a_torn_last_row_are_dropped(tmp_path):
 def test_cutting_where_there_is_no_log_starts_one(tmp_path):
     _, log = make_log(tmp_path)
     log.cut(3)
-    assert log.rows == []
-    assert not (tmp_path / "epochs.csv").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Batches:
+    """Stands for a stability recorder: two batches in each epoch."""
+
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine):
+        self.batch_nll = [engine.state.epoch / 3, 0.125]
+
+
+def test_every_batch_is_noted_and_a_resumed_log_is_that_of_one_run(tmp_path):
+    def started(folder):
+        stability = Batches()
+        trainer = counting_engine(lambda epoch: {"train_loss": 1 / epoch})
+        stability.attach(trainer)
+        log = EpochLog(folder, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), [], stability, tensorboard=False)
+        log.attach(trainer)
+        return trainer, log
+
+    trainer, _ = started(tmp_path / "one")
+    trainer.run([0], max_epochs=3)
+    lines = (tmp_path / "one" / "batches.csv").read_text().splitlines()
+    assert lines[:3] == ["epoch,batch,nll", f"1,1,{1 / 3}", "1,2,0.125"]
+    assert len(lines) == 7
+    trainer, _ = started(tmp_path / "two")
+    trainer.run([0], max_epochs=2)
+    trainer, log = started(tmp_path / "two")
+    log.cut(1)
+    trainer.state.epoch = trainer.state.iteration = trainer.state.epoch_length = 1
+    trainer.state.max_epochs = 3
+    trainer.run([0], max_epochs=3)
+    assert (tmp_path / "two" / "batches.csv").read_text() == (tmp_path / "one" / "batches.csv").read_text()
 
 
 def scalars(folder, name):

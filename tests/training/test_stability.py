@@ -78,11 +78,12 @@ def test_components_add_up_to_the_total():
 
 
 def test_an_incomplete_last_batch_is_left_out_of_the_nll_alone():
-    history, _, _ = recorded(make_network(), cases=5, batch_size=2)
+    history, _, recorder = recorded(make_network(), cases=5, batch_size=2)
     rows = batches_by_hand(make_network(), [(0, 1), (2, 3), (4,)], 0.5)
     full = np.array([row[0] for row in rows[:2]])
     assert history[0]["train_nll_mean"] == pytest.approx(full.mean(), rel=1e-5)
     assert history[0]["train_nll_max"] == pytest.approx(full.max(), rel=1e-5)
+    assert recorder.batch_nll == pytest.approx(full.tolist(), rel=1e-5)
     by_bags = np.average([row[1] for row in rows], weights=[2, 2, 1])
     assert history[0]["train_loss"] == pytest.approx(by_bags, rel=1e-5)
     assert history[0]["train_accuracy"] == pytest.approx(sum(row[2] for row in rows) / 5)
@@ -100,17 +101,23 @@ def test_epochs_are_measured_apart():
     assert history[1]["train_nll_mean"] == pytest.approx(np.mean([row[0] for row in rows[2:]]), rel=1e-5)
 
 
-def critical_slices(network, watched):
+def looked_at(network, watched):
+    """Critical slice and attention of each case, by a plain look at it alone."""
     network.eval()
     found = {}
     for case in watched:
         bag = make_bag(case, num_slices=7)
-        scores = network.explain(bag["image"][None]).scores[0, :, 0]
-        found[f"c{case}"] = int(bag["slice_index"][int(scores.argmax())])
+        output = network.explain(bag["image"][None])
+        critical = int(bag["slice_index"][int(output.scores[0, :, 0].argmax())])
+        found[f"c{case}"] = critical, output.attention[0, :, 0].detach().numpy()
     return found
 
 
-def test_flip_rate_and_critical_slices():
+def critical_of(recorder):
+    return {case: look.critical for case, look in recorder.seen.items()}
+
+
+def test_flip_rate_and_attention_drift():
     network, before = make_network(), {}
     loss = make_loss()
     trainer = make_trainer(network, loss=loss, max_epochs=4)
@@ -118,18 +125,22 @@ def test_flip_rate_and_critical_slices():
     watched = tuple(range(8))
     recorder = StabilityRecorder(loss, clip, make_evaluator(network, [make_bag(i, num_slices=7) for i in watched]))
     recorder.attach(trainer)
-    expected, seen = [], []
+    expected, seen, drifts, expected_drifts = [], [], [], []
 
     def turn(engine):  # another scorer in some epochs
         if engine.state.epoch in (2, 4):
             with torch.no_grad():
                 network.instance_classifier.weight.neg_()
+                network.query[0].weight.mul_(3)
 
     def note(engine):
         seen.append(engine.state.metrics["flip_rate"])
-        now = critical_slices(network, watched)
-        assert recorder.critical == now
-        expected.append(np.mean([now[c] != before[c] for c in now]) if before else math.nan)
+        drifts.append(engine.state.metrics["attention_drift"])
+        now = looked_at(network, watched)
+        assert critical_of(recorder) == {case: critical for case, (critical, _) in now.items()}
+        expected.append(np.mean([now[c][0] != before[c][0] for c in now]) if before else math.nan)
+        moved = [0.5 * np.abs(now[c][1] - before[c][1]).sum() for c in before]
+        expected_drifts.append(np.mean(moved) if moved else math.nan)
         before.update(now)
 
     trainer.add_event_handler(Events.EPOCH_STARTED, turn)
@@ -138,6 +149,8 @@ def test_flip_rate_and_critical_slices():
     assert seen == pytest.approx(expected, nan_ok=True)
     assert math.isnan(seen[0])
     assert seen[1] > 0.5
+    assert drifts == pytest.approx(expected_drifts, nan_ok=True, rel=1e-4)
+    assert 0 < drifts[2] < drifts[1] < 1
 
 
 def test_accuracy_of_the_watched_cases_is_in_evaluation_mode():
@@ -155,7 +168,7 @@ def test_interval():
     assert [math.isnan(row["flip_rate"]) for row in history] == [True, True, True, False, True]
     history, _, recorder = recorded(make_network(), interval=0)
     assert math.isnan(history[0]["train_eval_accuracy"])
-    assert recorder.critical == {}
+    assert recorder.seen == {}
     with pytest.raises(InputError, match="stability_interval"):
         recorded(make_network(), interval=-1)
 
@@ -174,13 +187,23 @@ def test_looking_changes_neither_random_numbers_nor_weights():
         assert torch.equal(first[name], second[name]), name
 
 
-def test_state_round_trip():
+def test_state_round_trip(tmp_path):
     _, _, recorder = recorded(make_network())
     _, _, other = recorded(make_network(), interval=0)
-    assert recorder.critical
-    other.load_state_dict(recorder.state_dict())
-    assert other.critical == recorder.critical
-    assert other.critical is not recorder.critical
+    assert recorder.seen
+    torch.save(recorder.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert critical_of(other) == critical_of(recorder)
+    for case, look in recorder.seen.items():
+        assert torch.equal(other.seen[case].attention, look.attention)
+
+
+def test_a_case_with_another_number_of_slices_than_before_is_left_out():
+    _, trainer, recorder = recorded(make_network(), watched=(0, 1, 2))
+    recorder.seen["c1"] = recorder.seen["c1"]._replace(attention=torch.ones(3) / 3, critical=-1)
+    recorder(trainer)
+    assert trainer.state.metrics["flip_rate"] == 0
+    assert trainer.state.metrics["attention_drift"] == pytest.approx(0, abs=1e-6)
 
 
 def test_no_step_has_no_clipped_share():
