@@ -27,6 +27,8 @@ _EXPORTS = {
     ),
     "data.policy": "ReaderPolicy SeriesRules",
     "errors": "InputError Refusal plain_errors",
+    "model.baselines": "GatedAttentionMIL MeanPoolMIL MonaiMIL",
+    "model.conv_encoder": "ConvEncoder",
     "model.encoder": "FrozenBatchNorm2d load_encoder_weights with_norm",
     "model.encoding": "SliceEncoding",
     "model.inference": "for_inference",
@@ -35,6 +37,7 @@ _EXPORTS = {
         "EntmaxSelection GumbelSelection HardSelection MeanSelection SoftSelection StraightThroughSelection "
         "TopKSelection TwoPhaseSelection"
     ),
+    "model.volume_net": "VolumeNet",
     "processes": "refuse_several use_own_gpu",
     "provenance": "made_from",
     "recipe": "Recipe",

@@ -11,17 +11,17 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import fuse_conv_bn_eval
 
+from .bag_network import BagNetwork
+from .encoder import laid_out
 from .encoding import SliceEncoding
-from .network import DualStreamMIL
 
 __all__ = ["fold_batch_norms", "for_inference"]
 
 logger = logging.getLogger(__name__)
+NORMS, CONVOLUTIONS = (nn.BatchNorm2d, nn.BatchNorm3d), (nn.Conv2d, nn.Conv3d)
 
 
-def for_inference(
-    network: DualStreamMIL, encoding: SliceEncoding, precision: torch.dtype | None = None
-) -> DualStreamMIL:
+def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch.dtype | None = None) -> BagNetwork:
     """A copy of a trained network, ready for inference: nothing learns, norms are folded, the encoder is laid out.
 
     A copy, because other tools take the weights of the network itself, under the names that they were saved by.
@@ -41,7 +41,7 @@ def for_inference(
     for module in network.encoder.modules() if precision is not None else ():
         if isinstance(module, (_ConvNd, nn.Linear)):
             module.to(precision)
-    network.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    laid_out(network.encoder)
     network.encoding = encoding
     logger.debug("%d batch norms folded into convolutions", folded)
     return network
@@ -50,7 +50,7 @@ def for_inference(
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # A norm of our own class is one step as well, not the formula inside it.
-        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batch_norms(encoder: nn.Module) -> int:
@@ -66,7 +66,7 @@ def fold_batch_norms(encoder: nn.Module) -> int:
     Returns:
         How many norms were folded.
     """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules()):
+    if not any(isinstance(module, NORMS) for module in encoder.modules()):
         return 0
     try:
         graph = _Tracer().trace(encoder)
@@ -83,7 +83,7 @@ def fold_batch_norms(encoder: nn.Module) -> int:
         norm, convolution = modules[str(node.target)], modules[str(source.target)]
         # Where the convolution's output goes elsewhere too, or a module is called twice, folding would change more.
         alone = len(source.users) == 1 and calls.count(node.target) == 1 == calls.count(source.target)
-        if not alone or not isinstance(norm, nn.BatchNorm2d) or type(convolution) is not nn.Conv2d:
+        if not alone or not isinstance(norm, NORMS) or type(convolution) not in CONVOLUTIONS:
             continue
         if norm.training or norm.running_mean is None:
             continue

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..errors import InputError
 from ..evaluation.scores import higher_is_better
-from ..model.network import DualStreamMIL
+from ..model.bag_network import BagNetwork
 from ..recipe import Recipe
 from ..weights import previous_of, read_checkpoint, save_atomically
 from .distributed import gathered, is_first
@@ -47,7 +47,7 @@ class BestModel:
 
     def __init__(
         self,
-        network: DualStreamMIL,
+        network: BagNetwork,
         recipe: Recipe,
         path: str | Path,
         evaluator: Engine,

@@ -16,8 +16,8 @@ from torch.utils.data import get_worker_info
 from ..data.cache_key import code_digest, described, digest, sources_of
 from ..errors import InputError
 from ..model import encoding
+from ..model.bag_network import BagNetwork
 from ..model.encoding import SliceEncoding
-from ..model.network import DualStreamMIL
 from ..model.stages import stages_of
 
 __all__ = ["EncodeStagesd", "check_features", "frozen_features"]
@@ -73,7 +73,7 @@ def _own_values(module: nn.Module) -> Any:
     return described({k: v for k, v in vars(module).items() if k != "training" and not k.startswith("_")})
 
 
-def check_features(network: DualStreamMIL, features: Sequence[EncodeStagesd]) -> None:
+def check_features(network: BagNetwork, features: Sequence[EncodeStagesd]) -> None:
     """Refuse to go on with features of an encoder that is not the network's, as a resumed checkpoint may hold another.
 
     Args:
@@ -93,7 +93,7 @@ def check_features(network: DualStreamMIL, features: Sequence[EncodeStagesd]) ->
 
 
 def frozen_features(
-    network: DualStreamMIL,
+    network: BagNetwork,
     frozen_stages: int,
     cache_features: bool,
     *,
@@ -118,10 +118,15 @@ def frozen_features(
         chunk_slices: likewise.
 
     Raises:
-        InputError: features are to be kept, but no stage is frozen, slices are augmented, or there is no cache.
+        InputError: features are to be kept, but the network has none of single slices, no stage is frozen, slices are
+            augmented, or there is no cache.
     """
     if not cache_features:
         return []
+    if not network.slicewise:
+        raise InputError(
+            "cache_features keeps features of single slices, and this network looks at whole stacks: set it to false"
+        )
     if frozen_stages < 1:
         raise InputError("cache_features needs frozen_stages of 1 or more: features of stages that learn change")
     if augment:

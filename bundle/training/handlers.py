@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..evaluation.scores import SCORES, score
-from ..model.network import DualStreamMIL
+from ..model.bag_network import BagNetwork
 from ..model.selection import TwoPhaseSelection
 from .distributed import gathered, is_first
 from .engine import BagEvents
@@ -45,7 +45,7 @@ class AnnealTemperature:
         schedule: (epoch from 0, max_epochs) → temperature.
     """
 
-    def __init__(self, network: DualStreamMIL, schedule: TemperatureSchedule) -> None:
+    def __init__(self, network: BagNetwork, schedule: TemperatureSchedule) -> None:
         self.network, self.schedule = network, schedule
 
     def attach(self, engine: Engine) -> None:
@@ -72,7 +72,7 @@ class TwoPhaseSwitch:
         fraction: share of the epochs that are soft, in (0, 1).
     """
 
-    def __init__(self, network: DualStreamMIL, fraction: float = 0.5) -> None:
+    def __init__(self, network: BagNetwork, fraction: float = 0.5) -> None:
         if not 0 < fraction < 1:
             raise InputError(f"two_phase_fraction must be in (0, 1), not {fraction}")
         self.network, self.fraction = network, fraction

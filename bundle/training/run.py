@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import torch
-
-from ..model.encoder import FrozenBatchNorm2d, load_encoder_weights
+from ..model.bag_network import BagNetwork
+from ..model.encoder import FrozenBatchNorm2d, laid_out, load_encoder_weights
 from ..model.encoding import SliceEncoding
-from ..model.network import DualStreamMIL
 from ..model.stages import freeze_stages
 from ..model.sync_norm import with_synced_norms
 from ..results.figures import draw_curves
@@ -22,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def start_network(
-    network: DualStreamMIL,
+    network: BagNetwork,
     encoder_weights: str | Path | None = None,
     frozen_stages: int = 0,
     encoding: SliceEncoding | None = None,
-) -> DualStreamMIL:
+) -> BagNetwork:
     """The network to train: with weights in its encoder if there are any, laid out for fast convolutions.
 
     Among several processes its batch norms compute over all of them.
@@ -50,7 +48,7 @@ def start_network(
         encoding.check(network.encoder)
     if group_size() > 1:
         with_synced_norms(network, network.frozen)
-    network.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    laid_out(network.encoder)
     return network
 
 

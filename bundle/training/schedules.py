@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import InputError
-from ..model.network import DualStreamMIL
+from ..model.bag_network import BagNetwork
 
 __all__ = [
     "CosineTemperature",
@@ -109,7 +109,7 @@ class LinearWeight:
         return self.start + (self.end - self.start) * epoch / max(1, max_epochs - 1)
 
 
-def parameter_groups(network: DualStreamMIL, lr: float, classifier_lr: float) -> list[dict[str, object]]:
+def parameter_groups(network: BagNetwork, lr: float, classifier_lr: float) -> list[dict[str, object]]:
     """Two groups for an optimiser: the encoder at `lr`, and all else (scorer, both streams) at `classifier_lr`."""
 
     def named(inside: bool) -> Iterator[nn.Parameter]:

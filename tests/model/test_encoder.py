@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bundle.errors import InputError
-from bundle.model.encoder import FrozenBatchNorm2d, WeightReport, load_encoder_weights, with_norm
+from bundle.model.encoder import FrozenBatchNorm2d, WeightReport, laid_out, load_encoder_weights, with_norm
 from bundle.model.network import DualStreamMIL
 from bundle.model.selection import SoftSelection
 from bundle.training.run import start_network
@@ -96,6 +96,30 @@ def test_group_norm_is_that_of_torch():
     torch.testing.assert_close(encoder(image), nn.functional.group_norm(encoder[0](image), 2))
 
 
+@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("instance", nn.InstanceNorm3d)])
+def test_norms_of_volumes_are_replaced_too(norm, kind):
+    encoder = nn.Sequential(nn.Conv3d(1, 8, 3), nn.BatchNorm3d(8)).train()
+    nn.init.uniform_(encoder[1].weight)
+    scale = encoder[1].weight.detach().clone()
+    with_norm(encoder, norm)
+    assert type(encoder[1]) is kind
+    assert torch.equal(encoder[1].weight, scale)
+    volumes = torch.rand(3, 1, 5, 5, 5)
+    one_by_one = torch.cat([encoder(volumes[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(encoder(volumes), one_by_one)
+    with pytest.raises(InputError, match="'frozen_batch' is for encoders of slices"):
+        with_norm(nn.Sequential(nn.BatchNorm3d(8)), "frozen_batch")
+
+
+def test_planes_are_laid_out_and_volumes_left():
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv3d(3, 8, 3))
+    before = [module.weight.clone() for module in encoder]
+    assert laid_out(encoder) is encoder
+    assert encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert encoder[1].weight.is_contiguous()
+    assert all(torch.equal(module.weight, old) for module, old in zip(encoder, before, strict=True))
+
+
 def test_eps_and_affine_are_kept():
     encoder = nn.Sequential(nn.BatchNorm2d(8, eps=1e-3, affine=False))
     assert with_norm(encoder, "frozen_batch")[0].eps == 1e-3
@@ -113,7 +137,7 @@ def test_eps_and_affine_are_kept():
         ),
         (nn.Sequential(nn.BatchNorm2d(12)), "group", 8, "8 groups needs channel counts that they divide, not 12"),
         (nn.Sequential(nn.BatchNorm2d(12)), "group", 0, "0 groups needs"),
-        (nn.Sequential(nn.Conv2d(1, 4, 3)), "group", 4, "has no BatchNorm2d"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3)), "group", 4, "has no batch norm"),
     ],
 )
 def test_impossible_norms_are_refused(encoder, norm, groups, sentence):
