@@ -13,6 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "calibrate": "CalibrateWeights",
     "data.augment": "RandBagAffined RandSliceIntensityd",
     "data.cache": "open_cache",
     "data.cases": "inference_cases labelled_cases split_of",

@@ -164,8 +164,9 @@ def _card_section(recipe: Recipe, weights: dict[str, Any]) -> str:
 - Classes: {", ".join(recipe["class_names"])}
 - Channels: {", ".join(recipe["channels"])}
 - Slices: {recipe["slicing_axis"]}, {height} × {width} pixels, {recipe["neighbours"]} neighbours on each side
-- Selection: {recipe["selection"]}; scorer: {recipe["scorer"]}; norm: {recipe["norm"]}
-- Operating point: probability {recipe["threshold"]}
+- Network: {_network(recipe)}; norm: {recipe["norm"]}
+- Operating point: probability {recipe["threshold"]:.4g}
+- Calibration: temperature {recipe["calibration_temperature"]:.4g}; abstains {_abstention(recipe)}
 - Weights: epoch {weights["epoch"]}{chosen} (on the cases that chose the epoch)
 - Recipe: {weights["recipe"]}
 
@@ -174,6 +175,17 @@ Research use only; not for diagnosis. From this folder, with Python 3.10 to 3.13
     pip install -r requirements.txt -c constraints.txt
     python -m monai.bundle run --config_file configs/inference.json --dataset_dir SCANS
 """
+
+
+def _network(recipe: Recipe) -> str:
+    name = recipe["network_def"]["_target_"].rpartition(".")[2]
+    # Of other networks these two settings say nothing.
+    return f"{name}, selection {recipe['selection']}, scorer {recipe['scorer']}" if name == "DualStreamMIL" else name
+
+
+def _abstention(recipe: Recipe) -> str:
+    limit = recipe["abstain_below"]
+    return f"below a confidence of {limit:.4g}" if limit else "never"
 
 
 def _write_json(path: Path, content: Any) -> None:

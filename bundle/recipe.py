@@ -41,11 +41,14 @@ ARGUMENTS_OF_MONAI = (
     "_disabled_",
     "_requires_",
 )  # not _mode_ and _debug_, which start a debugger
+# What calibration sets in weights that are trained, and what weights mean that were saved without it.
+CALIBRATION = ("threshold", "calibration_temperature", "abstain_below")
+WITHOUT = {"calibration_temperature": 1.0, "abstain_below": 0.0}
 # Settings that give the weights their meaning; what these refer to belongs to them.
 RECIPE_KEYS = (
     "network_def", "preparation", "eval_sampling", "class_names", "channels", "channel_files", "norm", "scorer",
     "selection", "sampling_strategy", "bag_size", "slicing_axis", "spacing", "crop_margin", "image_size", "intensity",
-    "neighbours", "blank_slices", "reader_policy", "top_k", "dropout", "threshold",
+    "neighbours", "blank_slices", "reader_policy", "top_k", "dropout", *CALIBRATION,
 )  # fmt: skip
 CHOICE = "bundle.choose"
 # Definitions that refer to the settings above, which are compared one by one.
@@ -99,6 +102,8 @@ class Recipe:
         return cls(json.loads(text), trusted_modules)
 
     def __getitem__(self, key: str) -> Any:
+        if key not in self.config and key in WITHOUT:
+            return WITHOUT[key]
         if key not in self.config:
             raise InputError(f"the recipe of these weights holds no '{key}': it was made by another version or changed")
         return self.config[key]
@@ -134,11 +139,12 @@ class Recipe:
             base: the bundle's own configs; a value left at its default there says nothing.
         """
         sentences = []
-        for key, ours in self.config.items():
+        for key, ours in {**WITHOUT, **self.config}.items():
             theirs = config.get(key, ours)
             expression = isinstance(theirs, str) and theirs[:1] in ("$", "@", "%")
             if not expression and theirs != ours and theirs != base.get(key) and key not in BUILT_FROM_SETTINGS:
-                sentences.append(f"{key} is {theirs!r} in the config, but the weights were trained with {ours!r}")
+                made = "hold" if key in CALIBRATION else "were trained with"
+                sentences.append(f"{key} is {theirs!r} in the config, but the weights {made} {ours!r}")
         # Definitions written out are what would be built, so here the bundle's own count too.
         for key, ours in self.definitions().items():
             if not holds_expression(config.get(key, ours)):

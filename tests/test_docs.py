@@ -171,6 +171,14 @@ def config_files(words: list[str]) -> list[str]:
     return ast.literal_eval(given) if given.startswith("[") else [given]
 
 
+def with_imports(module: Path) -> str:
+    """The source of a module, and of those that it imports from its own folder or from one in it."""
+    source = module.read_text()
+    names = re.findall(r"^from \.(\w[\w.]*) import", source, re.MULTILINE)
+    paths = [module.parent / f"{name.replace('.', '/')}.py" for name in names]
+    return source + "".join(path.read_text() for path in paths if path.exists())
+
+
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 
 
@@ -186,8 +194,8 @@ def test_commands_name_scripts_files_and_settings_that_exist(page, words):
         assert script.is_file()
         assert os.access(script, os.X_OK)
         text = script.read_text()
-        module = re.search(r"-m (bundle\.[\w.]+)", text)
-        source = (ROOT / f"{module[1].replace('.', '/')}.py").read_text() if module else text
+        module = re.search(r"-m ((?:bundle|tests)\.[\w.]+)", text)
+        source = with_imports(ROOT / f"{module[1].replace('.', '/')}.py") if module else text
         for option in (word for word in words[1:] if word.startswith("--")):
             assert f'"{option}"' in source or option in text, f"{words[0]} knows no {option}"
         return

@@ -153,6 +153,19 @@ def test_a_key_that_is_not_there():
         Recipe({"norm": "group"}).build("network_def")
 
 
+def test_weights_of_before_calibration_mean_what_they_meant():
+    old = {"norm": "group", "threshold": 0.4, "network_def": {"_target_": "torch.nn.ReLU"}, "preparation": [],
+           "eval_sampling": {"_target_": "bundle.AllSlicesd"}}  # fmt: skip
+    recipe = Recipe(old)
+    assert (recipe["calibration_temperature"], recipe["abstain_below"]) == (1.0, 0.0)
+    assert recipe.config == old  # the hash in the file is of this
+    base = {"calibration_temperature": 1.0, "abstain_below": 0.0, "threshold": 0.5}
+    assert recipe.disagreements(base, base) == []
+    assert recipe.disagreements({**base, "abstain_below": 0.7}, base) == [
+        "abstain_below is 0.7 in the config, but the weights hold 0.0"
+    ]
+
+
 # --- what may be built ---
 
 UNTRUSTED = [

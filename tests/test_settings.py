@@ -185,9 +185,7 @@ def test_weights_are_held_against_the_config(mini, tmp_path):
     check = f"$bundle.check_config('mini', weights='{tmp_path / 'm.pt'}')"
     mini(checked=check).get_parsed_content("checked")
     mini(checked=check, threshold=0.25).get_parsed_content("checked")  # the weights' own key is no unknown one
-    assert problems(mini(checked=check, threshold=0.5)) == [
-        "threshold is 0.5 in the config, but the weights were trained with 0.25"
-    ]
+    assert problems(mini(checked=check, threshold=0.5)) == ["threshold is 0.5 in the config, but the weights hold 0.25"]
     assert problems(mini(checked=check, word="mean")) == [
         "word is 'mean' in the config, but the weights were trained with 'hard'"
     ]
@@ -317,9 +315,10 @@ def test_numbers_are_numbers_and_every_setting_has_its_reason(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted([*CONFIGS.glob("data_*.yaml"), *CONFIGS.glob("founding_*.yaml"), *CONFIGS.glob("quick*.yaml")]),
+    "path",
+    sorted(path for kind in ("data", "founding", "quick", "rival") for path in CONFIGS.glob(f"{kind}*.yaml")),
     ids=lambda path: path.stem,
-)  # fmt: skip
+)
 def test_overlays_change_what_is_there(path):
     """A mistyped key, a value of another kind or an argument that nothing takes is refused, as on the command line."""
     overlay = yaml.safe_load(path.read_text())

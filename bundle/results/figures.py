@@ -38,7 +38,7 @@ def draw_key_slices(
 
     Args:
         png: the picture to write.
-        records: case records; the accepted ones that have pictures are drawn, in this order.
+        records: case records; those that were classified and have pictures are drawn, in this order.
         images: case → (num_key, H, W), in the order of the record's ``key_slices``; rows run downwards.
         max_cases: most cases drawn.
 
@@ -48,9 +48,9 @@ def draw_key_slices(
     unknown = sorted(set(images) - {r["case"] for r in records})
     if unknown:
         raise InputError(f"pictures were given for case {unknown[0]!r}, which has no record")
-    drawable = [r for r in records if r["status"] == "accepted" and r["case"] in images]
+    drawable = [r for r in records if r["status"] != "refused" and r["case"] in images]
     if not drawable or max_cases < 1:
-        raise InputError("there is no case to draw: at least one accepted case with pictures is needed")
+        raise InputError("there is no case to draw: at least one classified case with pictures is needed")
     shown = drawable[:max_cases]
     pictures = [_checked_pictures(record, images[record["case"]]) for record in shown]
     height = 2.7 * len(shown) + 0.8
@@ -128,6 +128,10 @@ def _case_title(record: Mapping[str, Any]) -> str:
     names, chosen = record["class_names"], record["prediction"]
     case = record["case"] if len(record["case"]) <= LONGEST_TITLE else record["case"][: LONGEST_TITLE - 1] + "…"
     truth = "" if record["label"] is None else f"truth: {names[record['label']]}, "
+    if chosen is None:
+        highest = max(record["probabilities"])
+        name = names[record["probabilities"].index(highest)]
+        return f"{case}    {truth}no prediction (probability of {name} {highest:.3f})"
     return f"{case}    {truth}predicted: {names[chosen]} (probability {record['probabilities'][chosen]:.3f})"
 
 

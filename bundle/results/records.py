@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..evaluation.key_slices import rank_slices
 from ..files import replacing, write_json
 
 __all__ = [
+    "Abstention",
     "case_record",
     "read_record",
     "read_records",
@@ -43,10 +44,18 @@ RECORD_KEYS = (
     "slices",
     "key_slices",
 )
-STATUSES = ("accepted", "refused")
+STATUSES = ("accepted", "abstained", "refused")
 # What a spreadsheet takes for the start of a formula, in full width too, and the white space it may skip before one.
 FORMULA_STARTS = tuple("=+-@\t\r\n \uff1d\uff0b\uff0d\uff20")
 LONGEST_FILE_NAME = 180
+
+
+class Abstention(NamedTuple):
+    """Why a case that was classified gets no prediction; as with a refusal, a code, a sentence and the facts."""
+
+    code: str
+    sentence: str
+    facts: dict[str, Any]
 
 
 def case_record(
@@ -67,8 +76,9 @@ def case_record(
     patient: str | None = None,
     prediction: int | None = None,
     num_key_slices: int = 5,
+    abstention: Abstention | None = None,
 ) -> dict[str, Any]:
-    """The record of a case that was classified.
+    """The record of a case that was classified: accepted with a prediction, or abstained with probabilities alone.
 
     Args:
         case: name of the case.
@@ -88,6 +98,7 @@ def case_record(
         prediction: predicted class; None takes the most probable.
         num_key_slices: how many of the slices of highest selection weight are key slices. Equal weights are ranked by
             score, equal scores by position.
+        abstention: why no prediction is given; None gives it.
 
     Returns:
         A JSON-serialisable dict; ``slices`` in order of position, ``key_slices`` most critical first. ``made_from`` is
@@ -134,15 +145,15 @@ def case_record(
     ]
     return {
         "case": case,
-        "status": "accepted",
-        "reason_code": None,
-        "reason": None,
-        "reason_facts": {},
+        "status": "accepted" if abstention is None else "abstained",
+        "reason_code": None if abstention is None else abstention.code,
+        "reason": None if abstention is None else abstention.sentence,
+        "reason_facts": {} if abstention is None else abstention.facts,
         "patient": None if patient is None else str(patient),
         "label": None if label is None else int(label),
         "class_names": list(class_names),
         "probabilities": [float(value) for value in p],
-        "prediction": chosen,
+        "prediction": chosen if abstention is None else None,
         "reading": None if reading is None else [dict(image) for image in reading],
         "slices": slices,
         "key_slices": [dict(slices[i]) for i in rank_slices(slices)[:num_key_slices]],
@@ -222,7 +233,9 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if record["status"] == "refused":
         whole = record["prediction"] is None and isinstance(record["reason_code"], str)
     else:
-        whole = record["prediction"] in range(len(names)) and len(names) == len(probabilities) and bool(key_slices)
+        answered = record["status"] == "accepted"
+        answer = record["prediction"] in range(len(names)) if answered else record["prediction"] is None
+        whole = answer and len(names) == len(probabilities) and bool(key_slices)
     return record if whole and all(isinstance(entry, dict) for entry in key_slices) else None
 
 
@@ -273,25 +286,25 @@ def write_predictions(
 
     Columns: case, status, patient, label, prediction, class_name, probability_<class name> for each class,
     key_slice_index, key_slice_position_mm, key_slice_weight, key_slice_sop_instance_uid, reason_code, reason. The key
-    slice is the most critical one. A cell is empty where nothing is known. Text that a spreadsheet would run as a
-    formula starts with an apostrophe.
+    slice is the most critical one. A cell is empty where nothing is known, as the prediction of an abstained case. Text
+    that a spreadsheet would run as a formula starts with an apostrophe.
 
     Args:
         path: the file.
         records: case records.
-        class_names: K names; None takes those of the first accepted record (none: no probability columns).
+        class_names: K names; None takes those of the first record that was classified (none: no probability columns).
 
     Raises:
         InputError: records of different classes, or a file that cannot be written.
     """
-    names = list(class_names or next((r["class_names"] for r in records if r["status"] == "accepted"), []))
+    names = list(class_names or next((r["class_names"] for r in records if r["status"] != "refused"), []))
     header = ["case", "status", "patient", "label", "prediction", "class_name"]
     header += [f"probability_{name}" for name in names]
     header += ["key_slice_index", "key_slice_position_mm", "key_slice_weight", "key_slice_sop_instance_uid"]
     header += ["reason_code", "reason"]
     rows = []
     for record in records:
-        if record["status"] == "accepted" and list(record["class_names"]) != names:
+        if record["status"] != "refused" and list(record["class_names"]) != names:
             raise InputError(f"case {record['case']!r} has other class names than the rest of the table")
         key = record["key_slices"][0] if record["key_slices"] else {}
         prediction = record["prediction"]

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys as Keys
+from torch import Tensor
 
 from ..errors import InputError, Refusal
+from ..evaluation.abstention import confidence, predicted_classes
 from ..evaluation.metrics import evaluate_records, write_metrics
 from ..model.network import evidence_of_class
 from ..processes import rank
+from .calibration_figures import draw_reliability
 from .figures import draw_key_slices
 from .records import (
+    Abstention,
     case_record,
     refused_record,
     remove_foreign_records,
@@ -42,6 +48,9 @@ class WriteRecords:
         output_dir: folder of the results.
         class_names: K names.
         threshold: with two classes, the probability from which the second is predicted.
+        temperature: logits are divided by it before the softmax. The network's own stay as they are, so that losses,
+            exports and other tools see what was trained.
+        abstain_below: cases whose `confidence` is below it end as abstained; 0: none.
         num_key_slices: key slices noted for each case.
         run_folder: shares the cases out and knows which are done; None: all are this process's and done anew.
     """
@@ -51,15 +60,22 @@ class WriteRecords:
         output_dir: str | Path,
         class_names: Sequence[str],
         threshold: float = 0.5,
+        temperature: float = 1.0,
+        abstain_below: float = 0.0,
         num_key_slices: int = 5,
         run_folder: RunFolder | None = None,
     ) -> None:
         if not 0 < threshold < 1:
             raise InputError(f"threshold is a probability between 0 and 1, not {threshold}")
+        if not 0 < temperature < math.inf:
+            raise InputError(f"calibration_temperature must be above 0, not {temperature}")
+        if not 0 <= abstain_below <= 1:
+            raise InputError(f"abstain_below is a confidence from 0 to 1, not {abstain_below}")
         if num_key_slices < 1:
             raise InputError(f"num_key_slices must be at least 1, not {num_key_slices}")
         self.output_dir, self.class_names = Path(output_dir), list(class_names)
-        self.threshold, self.num_key_slices, self.run_folder = threshold, num_key_slices, run_folder
+        self.threshold, self.temperature, self.abstain_below = threshold, temperature, abstain_below
+        self.num_key_slices, self.run_folder = num_key_slices, run_folder
         self.records: list[dict[str, Any]] = []
         self.latest: list[dict[str, Any]] = []  # of the last batch
 
@@ -91,18 +107,20 @@ class WriteRecords:
                 self.records.append(record)
 
     def _classified(self, batch: dict[str, Any], output: dict[str, Any]) -> list[dict[str, Any]]:
-        probabilities = output[Keys.PRED].float().softmax(dim=-1)  # (B, K)
-        predictions = probabilities.argmax(dim=-1)
-        if probabilities.shape[1] == 2:
-            predictions = (probabilities[:, 1] >= self.threshold).long()
-        evidence = [values.float().cpu().numpy() for values in evidence_of_class(output["evidence"], predictions)]
+        logits: Tensor = output[Keys.PRED]
+        probabilities = (logits.float() / self.temperature).softmax(dim=-1).double().cpu().numpy()  # (B, K)
+        # From what the records hold, so that a reader of the records comes to the same.
+        predictions = predicted_classes(probabilities, self.threshold)
+        confidences = confidence(probabilities, self.threshold)
+        chosen = torch.from_numpy(predictions).to(logits.device)
+        evidence = [values.float().cpu().numpy() for values in evidence_of_class(output["evidence"], chosen)]
         records = []
         for i, case in enumerate(batch["case"]):
             real = output["mask"][i].cpu().numpy()
             scores, weights, attention = (values[i][real] for values in evidence)
             known = {"label": int(batch["label"][i]), "patient": batch["patient"][i]}
             known["label"] = None if known["label"] < 0 else known["label"]
-            probability = probabilities[i].cpu().numpy()
+            probability = probabilities[i]
             if not all(np.isfinite(values).all() for values in (probability, scores, weights, attention)):
                 sentence = "the network gave no finite number for this case: check the weights and the intensities"
                 records.append(refused_record(case, Refusal("non_finite_output", sentence), **known))
@@ -123,10 +141,18 @@ class WriteRecords:
                     reading=batch["reading"][i],
                     prediction=int(predictions[i]),
                     num_key_slices=self.num_key_slices,
+                    abstention=self._abstention(float(confidences[i])),
                     **known,
                 )
             )
         return records
+
+    def _abstention(self, confidence: float) -> Abstention | None:
+        if confidence >= self.abstain_below:
+            return None
+        sentence = "No prediction: its confidence would be below the limit of these weights."
+        facts = {"confidence": confidence, "abstain_below": self.abstain_below}
+        return Abstention("low_confidence", sentence, facts)
 
     def _write_table(self) -> None:
         if self.run_folder is not None:
@@ -140,18 +166,20 @@ class WriteRecords:
         return self.records if self.run_folder is None else self.run_folder.records()
 
     def report(self) -> None:
-        """Say on the log what was written and what was refused; of several processes, the first does."""
+        """Say on the log what was written, abstained and refused; of several processes, the first does."""
         if rank() > 0:
             return
         refused = [record for record in self.records if record["status"] == "refused"]
-        logger.info("%d cases classified, %d refused", len(self.records) - len(refused), len(refused))
+        abstained = sum(record["status"] == "abstained" for record in self.records)
+        without = f" ({abstained} of them abstained: no prediction)" if abstained else ""
+        logger.info("%d cases classified%s, %d refused", len(self.records) - len(refused), without, len(refused))
         for record in refused:
             logger.warning("refused %s: %s (%s)", record["case"], record["reason"], record["reason_code"])
         logger.info("results are in %s", self.output_dir)
 
 
 class WriteMetrics:
-    """Writes `metrics.json` when all cases have ended; attach it after the records.
+    """Writes `metrics.json` and `reliability.png` when all cases have ended; attach it after the records.
 
     Args:
         results: the records.
@@ -167,8 +195,14 @@ class WriteMetrics:
 
     def __call__(self, engine: Engine) -> None:
         results = self.results
-        metrics = evaluate_records(list(results.whole_records()), results.class_names, self.resamples, self.seed)
+        records = list(results.whole_records())
+        metrics = evaluate_records(records, results.class_names, self.resamples, self.seed, results.threshold)
         write_metrics(results.output_dir / "metrics.json", metrics)
+        bins, png = metrics["calibration"]["bins"], results.output_dir / "reliability.png"
+        if bins:
+            draw_reliability(png, {"": bins}, results.class_names)
+        else:
+            png.unlink(missing_ok=True)  # of an earlier run
         for name in ("auc", "accuracy", "f1_macro", "nll"):
             entry = metrics["scores"].get(name)
             if entry is not None:

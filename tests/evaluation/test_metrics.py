@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from bundle.errors import InputError, Refusal
+from bundle.evaluation.abstention import aurc, confidence, losses
 from bundle.evaluation.bootstrap import bootstrap_intervals
+from bundle.evaluation.calibration import reliability_bins
 from bundle.evaluation.metrics import SCORES, evaluate_records, score, write_metrics
-from bundle.results.records import case_record, refused_record
+from bundle.results.records import Abstention, case_record, refused_record
 
 CLASSES = ["low", "high"]
 
@@ -54,9 +56,11 @@ def test_every_case_is_accounted_for() -> None:
     assert metrics["counts"] == {
         "cases": 34,
         "accepted": 31,
+        "abstained": 0,
         "refused": 3,
         "scored": 30,
         "accepted_without_label": 1,
+        "abstained_with_label": 0,
         "refused_with_label": 2,
         "patients": 15 + 3,
         "patients_scored": 15,
@@ -104,6 +108,57 @@ def test_the_prediction_of_the_record_decides() -> None:
     metrics = evaluate_records(records, CLASSES, resamples=5)
     assert metrics["scores"]["accuracy"]["value"] == 1.0
     assert metrics["confusion_matrix"] == [[1, 0], [0, 1]]
+
+
+def with_abstentions(threshold: float) -> list[dict]:
+    """The cohort, in which each third labelled case abstains, and one of unknown label."""
+    changed = []
+    for i, record in enumerate(cohort()):
+        if record["status"] == "accepted":
+            prediction = int(record["probabilities"][1] >= threshold)
+            abstains = i % 3 == 0 and record["label"] is not None
+            changed.append({**record, "prediction": None, "status": "abstained"} if abstains else
+                           {**record, "prediction": prediction})  # fmt: skip
+        else:
+            changed.append(record)
+    return [*changed, accepted("unsure", None, 0.5, "p1", abstention=Abstention("low_confidence", "No.", {}))]
+
+
+def test_abstained_cases_are_left_out_of_one_set_of_scores_and_in_the_other() -> None:
+    records = with_abstentions(0.3)
+    metrics = evaluate_records(records, CLASSES, resamples=40, seed=1, threshold=0.3)
+    counts = metrics["counts"]
+    assert (counts["accepted"], counts["abstained"], counts["refused"], counts["cases"]) == (21, 11, 3, 35)
+    assert (counts["scored"], counts["abstained_with_label"], counts["accepted_without_label"]) == (20, 10, 1)
+    kept = evaluate_records([r for r in records if r["status"] == "accepted"], CLASSES, resamples=40, seed=1)
+    assert metrics["scores"] == kept["scores"] == kept["scores_all"]
+    assert metrics["confusion_matrix"] == kept["confusion_matrix"]
+    answered = [
+        {**r, "status": "accepted", "prediction": int(r["probabilities"][1] >= 0.3)}
+        for r in records
+        if r["status"] != "refused"
+    ]
+    everything = evaluate_records(answered, CLASSES, resamples=40, seed=1, threshold=0.3)
+    assert metrics["scores_all"] == everything["scores"] != metrics["scores"]
+    assert metrics["calibration"] == everything["calibration"]
+    assert metrics["coverage"]["value"] == pytest.approx(20 / 30)
+    assert metrics["coverage"]["low"] < 20 / 30 < metrics["coverage"]["high"]
+    assert everything["coverage"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_calibration_figures_follow_the_operating_point() -> None:
+    records = with_abstentions(0.3)
+    found = evaluate_records(records, CLASSES, resamples=40, threshold=0.3)["calibration"]
+    labelled = [r for r in records if r["status"] != "refused" and r["label"] is not None]
+    labels = np.array([r["label"] for r in labelled])
+    p = np.array([r["probabilities"] for r in labelled])
+    assert found["bins"] == reliability_bins(labels, p)
+    loss, sure = losses(labels, p[:, 1] >= 0.3, 2, 0.3), confidence(p, 0.3)
+    assert found["aurc"]["value"] == pytest.approx(float(aurc(loss, sure)[0]))
+    assert found["aurc"]["low"] <= found["aurc"]["value"] <= found["aurc"]["high"]
+    curve = found["risk_coverage"]
+    assert (curve["coverage"][-1], curve["risk"][-1]) == (1.0, pytest.approx(loss.mean()))
+    assert found["threshold"] == 0.3
 
 
 def test_a_case_without_patient_is_a_patient_of_its_own() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import imread
 
 from bundle.errors import InputError, Refusal
 from bundle.results.figures import draw_curves, draw_key_slices, main
-from bundle.results.records import case_record, refused_record
+from bundle.results.records import Abstention, case_record, refused_record
 
 COLUMNS = (
     "epoch train_loss train_nll_mean train_nll_var train_nll_min train_nll_max clipped_share train_accuracy "
@@ -250,3 +250,14 @@ def test_command_line_tells_what_is_wrong_in_one_sentence(tmp_path: Path) -> Non
     assert result.returncode == 2
     assert "error: epochs.csv cannot be read" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_abstained_case_is_drawn_without_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(SubFigure, "suptitle", lambda self, text, **_: titles.append(text))
+    unsure = record("unsure", abstention=Abstention("low_confidence", "Not sure.", {}))
+    draw_key_slices(tmp_path / "k.png", [unsure, record("sure")], {"unsure": pictures(), "sure": pictures()})
+    assert titles == [
+        "unsure    truth: tumour, no prediction (probability of tumour 0.750)",
+        "sure    truth: tumour, predicted: tumour (probability 0.750)",
+    ]

@@ -10,7 +10,9 @@ import pytest
 
 from bundle.errors import InputError, Refusal
 from bundle.results.records import (
+    Abstention,
     case_record,
+    read_record,
     read_records,
     record_file_name,
     refused_record,
@@ -210,6 +212,24 @@ def test_predictions_table(tmp_path: Path) -> None:
     assert third["key_slice_sop_instance_uid"] == ""
     assert third["label"] == ""
     assert [p.name for p in path.parent.iterdir()] == ["predictions.csv"]
+
+
+def test_an_abstained_case_has_probabilities_and_no_prediction(tmp_path: Path) -> None:
+    record = make("c4", abstention=Abstention("low_confidence", "Not sure.", {"confidence": 0.6}))
+    assert {**record, **dict.fromkeys(("status", "prediction", "reason_code", "reason", "reason_facts"))} == {
+        **make("c4"),
+        **dict.fromkeys(("status", "prediction", "reason_code", "reason", "reason_facts")),
+    }
+    assert (record["status"], record["prediction"], record["reason_facts"]) == ("abstained", None, {"confidence": 0.6})
+    assert read_record(write_record(tmp_path, record)) == record
+    for damaged in ({"prediction": 1}, {"probabilities": []}, {"key_slices": []}, {"status": "accepted"}):
+        assert read_record(write_record(tmp_path, {**record, **damaged})) is None
+    write_predictions(tmp_path / "p.csv", [record])
+    (row,) = rows_of(tmp_path / "p.csv")
+    assert (row["status"], row["prediction"], row["class_name"]) == ("abstained", "", "")
+    assert (row["probability_high"], row["reason_code"], row["reason"]) == ("0.8", "low_confidence", "Not sure.")
+    with pytest.raises(InputError, match="'c4' has other class names"):
+        write_predictions(tmp_path / "q.csv", [record], ["a", "b"])
 
 
 def test_only_refused_cases(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ DAMAGE = {
     "one probability": {"probabilities": [0.5]},
     "a class that is none": {"prediction": 2},
     "no class": {"prediction": None},
+    "abstained with a class": {"status": "abstained", "prediction": 1, "reason_code": "low_confidence"},
     "no key slice": {"key_slices": []},
     "key slices that are none": {"key_slices": [1]},
     "refused without a reason": {"status": "refused", "prediction": None, "reason_code": None},

@@ -150,6 +150,46 @@ def test_threshold(tmp_path, threshold, prediction):
     assert record_in(tmp_path, "a")["prediction"] == prediction
 
 
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_logits_are_divided_by_the_temperature(tmp_path, temperature, num_classes):
+    bags = [bag("a", label=0), bag("b", 3, label=0)]
+    output = output_of(collate_bags(bags), num_classes=num_classes)
+    raw = output["pred"].clone()
+    names = ["x", "y", "z"][:num_classes]
+    run(tmp_path, [bags], [output], temperature=temperature, class_names=names)
+    for i, case in enumerate("ab"):
+        expected = (raw[i].double() / temperature).softmax(0)
+        assert record_in(tmp_path, case)["probabilities"] == pytest.approx(expected.tolist(), rel=1e-5)
+        assert record_in(tmp_path, case)["prediction"] == int(raw[i].argmax())
+    assert torch.equal(output["pred"], raw)
+
+
+@pytest.mark.parametrize(("abstain_below", "status"), [(0.0, "accepted"), (0.85, "accepted"), (0.86, "abstained")])
+def test_a_case_too_close_to_the_operating_point_has_no_prediction(tmp_path, caplog, abstain_below, status):
+    logits = torch.tensor([[0.0, math.log(1.5)]])  # odds of 3/2; 1/4 at the operating point: confidence 6/7
+    bags = [bag("a")]
+    output = output_of(collate_bags(bags), logits)
+    results = run(tmp_path, [bags, [refused()]], [output, {}], threshold=0.2, abstain_below=abstain_below)
+    record = record_in(tmp_path, "a")
+    assert record["status"] == status
+    assert record["probabilities"] == pytest.approx([0.4, 0.6])
+    assert len(record["slices"]) == 6
+    assert record["key_slices"]
+    row = (tmp_path / "predictions.csv").read_text().splitlines()[1]
+    with caplog.at_level("INFO"):
+        results.report()
+    if status == "abstained":
+        assert (record["prediction"], record["reason_code"]) == (None, "low_confidence")
+        assert record["reason_facts"] == {"confidence": pytest.approx(6 / 7), "abstain_below": 0.86}
+        assert row.startswith("a,abstained,patient a,1,,,0.4,0.6,")
+        assert row.endswith(",low_confidence,No prediction: its confidence would be below the limit of these weights.")
+        assert "1 cases classified (1 of them abstained: no prediction), 1 refused" in caplog.text
+    else:
+        assert (record["prediction"], record["reason_code"], record["reason_facts"]) == (1, None, {})
+        assert "1 cases classified, 1 refused" in caplog.text
+
+
 def test_threshold_is_for_two_classes_alone(tmp_path):
     bags = [bag("a", label=1)]
     output = output_of(collate_bags(bags), torch.tensor([[0.0, 0.5, 0.2]]), num_classes=3)
@@ -219,6 +259,7 @@ def joined(outputs, num_slices):
 
 def test_exit_status(tmp_path):
     exit_status(run(tmp_path / "good", [[bag("a")]]))
+    exit_status(run(tmp_path / "unsure", [[bag("a")]], abstain_below=1.0))
     with pytest.raises(SystemExit) as ended:
         exit_status(run(tmp_path / "bad", [[bag("a")], [refused()]]))
     assert ended.value.code == 3
@@ -288,6 +329,12 @@ def test_an_engine_that_runs_twice_counts_once(tmp_path):
         ({"threshold": 0.0}, "threshold is a probability between 0 and 1, not 0.0"),
         ({"threshold": 1.0}, "threshold is a probability"),
         ({"threshold": math.nan}, "threshold is a probability"),
+        ({"temperature": 0.0}, "calibration_temperature must be above 0, not 0.0"),
+        ({"temperature": math.nan}, "calibration_temperature must be above 0"),
+        ({"temperature": math.inf}, "calibration_temperature must be above 0"),
+        ({"abstain_below": -0.1}, "abstain_below is a confidence from 0 to 1, not -0.1"),
+        ({"abstain_below": 1.5}, "abstain_below is a confidence"),
+        ({"abstain_below": math.nan}, "abstain_below is a confidence"),
         ({"num_key_slices": 0}, "num_key_slices must be at least 1, not 0"),
     ],
 )
@@ -321,6 +368,27 @@ def test_metrics_of_the_records(tmp_path, caplog):
     assert metrics["scores"]["auc"]["value"] == 1.0
     assert metrics["scores"]["accuracy"]["value"] == 1.0
     assert "auc 1.000 (" in caplog.text
+    assert (tmp_path / "reliability.png").stat().st_size > 5_000
+
+
+def test_a_picture_of_earlier_cases_does_not_stay(tmp_path):
+    handlers = [lambda results: WriteMetrics(results, resamples=5)]
+    run(tmp_path, [[bag("a")]], handlers=handlers)
+    assert (tmp_path / "reliability.png").is_file()
+    run(tmp_path, [[refused()]], handlers=handlers)
+    assert not (tmp_path / "reliability.png").exists()
+
+
+def test_metrics_take_the_operating_point_of_the_records(tmp_path):
+    bags = [[bag("a", label=1)], [bag("b", label=0)]]
+    logits = (torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[math.log(9.0), 0.0]]))  # 0.25 and 0.1
+    outputs = [output_of(collate_bags(one), value) for one, value in zip(bags, logits, strict=True)]
+    run(tmp_path, bags, outputs, [lambda results: WriteMetrics(results, 5)], threshold=0.2, abstain_below=1.0)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["scores"]["accuracy"]["value"] is None
+    assert metrics["scores_all"]["accuracy"]["value"] == 1.0
+    assert metrics["calibration"]["threshold"] == 0.2
+    assert metrics["coverage"]["value"] == 0.0
 
 
 # --- pictures ---
