@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..errors import InputError, Refusal, input_error_behind
 from .cache import GB, CacheFull, SliceCache
 from .cache_entry import DamagedEntry
+from .parts import prepare_in_parts
 from .sampling import draws_by_number
 from .selective import prepare_drawn
 
@@ -71,7 +72,7 @@ class BagDataset(monai.data.Dataset):
 
     def _whole(self, case: dict[str, Any]) -> dict[str, Any]:
         """The prepared case."""
-        bag = self.transform(case, end=self._preparation_end)
+        bag = prepare_in_parts(case, self.transform, self._preparation_end)
         # MONAI's transforms make their own tensors of plain ones; a bag has no affine that these could carry.
         return {key: value.as_tensor() if isinstance(value, MetaTensor) else value for key, value in bag.items()}
 

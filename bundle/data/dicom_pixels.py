@@ -232,7 +232,8 @@ def _interpreted(
 ) -> tuple[Stored, NDArray[np.bool_] | None, bool]:
     allocated, signed = header.bits_allocated or 0, header.pixel_representation == 1
     bits, high = header.bits_stored or 0, header.high_bit or 0
-    stored = stored_values(raw, allocated, bits, high, signed) if native else raw
+    # Where every bit is stored there is nothing to cut out.
+    stored = stored_values(raw, allocated, bits, high, signed) if native and bits < allocated else raw
     padding = None
     if limits[0] is not None:
         first = limits[0]

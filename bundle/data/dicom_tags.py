@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pydicom.config
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.tag import BaseTag, Tag
@@ -33,6 +34,9 @@ __all__ = [
 # Items of one sequence: frames, directory records, and what else comes in many.
 MAX_ITEMS = 100_000
 ITEM = b"\xfe\xff\x00\xe0"
+# Of these the bytes alone tell the value, whatever the character set.
+PLAIN = frozenset(("CS", "DS", "IS", "UI", "US", "SS", "UL", "SL", "FD", "FL", "DA", "TM", "DT", "AS"))
+SHORT = 256  # bytes; what is kept of values stays small
 UID_PATTERN = re.compile(r"[0-9.]{1,64}")
 
 
@@ -44,9 +48,25 @@ def _tag(keyword: str) -> BaseTag:
 def _value(dataset: Dataset, keyword: str) -> Any:
     tag = _tag(keyword)
     try:
-        return dataset[tag].value if tag in dataset else None
+        if tag not in dataset:
+            return None
+        # Most values of a series are the same in all of its files, and converting one costs more than reading it.
+        element: Any = dataset.get_item(tag, keep_deferred=True)
+        if (
+            type(element) is RawDataElement
+            and element.VR in PLAIN
+            and type(element.value) is bytes
+            and len(element.value) <= SHORT
+        ):
+            return _converted(tag, element.VR, element.value, element.is_little_endian)
+        return dataset[tag].value
     except Exception as error:  # pydicom converts on access, and raises what the conversion raises
         raise _bad_tag(keyword) from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _converted(tag: BaseTag, vr: str, value: bytes, is_little_endian: bool) -> Any:
+    return convert_raw_data_element(RawDataElement(tag, vr, len(value), value, 0, False, is_little_endian)).value
 
 
 def _bad_tag(keyword: str) -> Refusal:

@@ -8,22 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import ScaleIntensityRanged, ThresholdIntensityd
 from torch import Tensor
 
 from ..errors import Refusal
-from .reader import LoadImageStrictd, VolumeReader
+from .parts import SLICES, assembled, kind_of, same_keys
+from .reader import VolumeReader
 from .sampling import AllSlicesd, draws_by_number
 from .series import PlannedSeries, plan_volume, read_planned
 from .transforms import take_slices
 from .volume import Volume
 
 __all__ = ["can_select", "prepare_drawn"]
-
-# Transforms of MONAI that change each voxel by itself, by numbers that were given. Of these alone it is known.
-POINTWISE = (ScaleIntensityRanged, ThresholdIntensityd)
-# Slices prepared at once: what lies between the steps is then small beside a volume.
-SLICES = 16
 
 
 def can_select(steps: Sequence[Any], draw: Any) -> bool:
@@ -37,7 +32,7 @@ def can_select(steps: Sequence[Any], draw: Any) -> bool:
         steps: of the preparation.
         draw: the transform that follows.
     """
-    kinds = [_kind(step) for step in steps]
+    kinds = [kind_of(step) for step in steps]
     if not draws_by_number(draw):
         return False
     if kinds.count("load") != 1 or kinds[0] != "load" or kinds.count("cut") != 1:
@@ -45,9 +40,8 @@ def can_select(steps: Sequence[Any], draw: Any) -> bool:
     cut = kinds.index("cut")
     # A check says something of the values as they were read, so it comes before they are changed.
     order = [kind for kind in kinds[1:cut] if kind != "geometry"]
-    alike = len({tuple(step.keys) for step in steps if hasattr(step, "keys")}) == 1
     return (
-        alike
+        same_keys(steps)
         and set(order) <= {"check", "pointwise"}
         and order == sorted(order)
         and set(kinds[cut + 1 :]) <= {"slices", "pointwise"}
@@ -94,17 +88,8 @@ def prepare_drawn(case: Mapping[str, Any], steps: Sequence[Any], draw: Any) -> d
     if slices is None:
         return None
     bag["reading"] = reader.get_data([volume])[1]["reading"]
-    return _prepared(bag, slices, key, [step for step in steps if _kind(step) in ("pointwise", "slices")])
-
-
-def _kind(step: Any) -> str:
-    if type(step) in POINTWISE:
-        return "pointwise"
-    if type(step) is LoadImageStrictd:
-        return "load"
-    # A subclass elsewhere may do anything.
-    own = type(step).__module__.startswith(f"{__package__}.")
-    return str(getattr(step, "acts_on", "volume")) if own else "volume"
+    changes = [step for step in steps if kind_of(step) in ("pointwise", "slices")]
+    return assembled(bag, key, slices.split(SLICES), changes)
 
 
 def _drawn_places(
@@ -114,7 +99,7 @@ def _drawn_places(
     nothing = planned.volume(np.broadcast_to(np.float32(0), planned.shape), {})
     bag = {**data, key: _tensor(nothing, reader, torch.empty((1, *planned.shape), device="meta"))}
     for step in steps:
-        if _kind(step) in ("geometry", "cut"):
+        if kind_of(step) in ("geometry", "cut"):
             bag = step(bag)
     count = len(bag.pop(key))
     if isinstance(draw, AllSlicesd) or count <= draw.size:
@@ -155,14 +140,14 @@ def _cut(
     array = torch.from_numpy(volume.array.transpose(2, 1, 0)[None]).permute(0, 3, 2, 1)
     data: dict[str, Any] = {key: _tensor(volume, reader, array)}
     for step in steps:
-        if _kind(step) == "check":
+        if kind_of(step) == "check":
             try:
                 step(data)
             except Refusal:
                 if partial:
                     return None
                 raise
-        elif _kind(step) in ("geometry", "cut"):
+        elif kind_of(step) in ("geometry", "cut"):
             data = step(data)
     # Its slices are numbered within the part, in whichever direction the bag runs.
     numbers = np.unique(stored)[data["slice_index"].numpy()]
@@ -170,17 +155,3 @@ def _cut(
         return data[key]
     places = {int(number): place for place, number in enumerate(numbers)}
     return data[key][[places[int(number)] for number in stored]]
-
-
-def _prepared(bag: dict[str, Any], slices: Tensor, key: str, steps: Sequence[Any]) -> dict[str, Any]:
-    prepared: dict[str, Any] = bag
-    image = None
-    for start in range(0, len(slices), SLICES):
-        prepared = {**bag, key: slices[start : start + SLICES]}
-        for step in steps:
-            prepared = step(prepared)
-        part = prepared[key]
-        if image is None:
-            image = torch.empty((len(slices), *part.shape[1:]), dtype=part.dtype)
-        image[start : start + len(part)] = part
-    return {**prepared, key: image}

@@ -24,7 +24,7 @@ from .orientation import (
 )
 from .volume_transforms import KeysTransform, SlicingTransform
 
-__all__ = ["AddNeighboursd", "DropBlankSlicesd", "ResizeAndPadd", "VolumeToBagd", "take_slices"]
+__all__ = ["AddNeighboursd", "DropBlankSlicesd", "ResizeAndPadd", "VolumeToBagd", "slices_along", "take_slices"]
 
 # What a bag holds once a slice; every draw and drop takes the same slices from each.
 SLICE_FIELDS = ("image", "slice_index", "slice_position", "slice_label", "slice_uid", "slice_frame")
@@ -46,6 +46,12 @@ def take_slices(bag: Mapping[str, Any], indices: Sequence[int] | np.ndarray) -> 
         elif value is not None:
             taken[field] = tuple(value[int(i)] for i in chosen)
     return taken
+
+
+def slices_along(axis: int, volume: Tensor) -> Tensor:
+    """The slices (N, C, H, W) of a volume (C, X, Y, Z) along one of its axes X, Y and Z, without copying it."""
+    columns, rows = (a for a in range(3) if a != axis)
+    return volume.permute(1 + axis, 0, 1 + rows, 1 + columns)
 
 
 class VolumeToBagd(SlicingTransform):
@@ -73,13 +79,17 @@ class VolumeToBagd(SlicingTransform):
             out.update(self._cut(out.pop(key), out.pop("slice_label", None), key))
         return out
 
+    def axis_of(self, volume: MetaTensor) -> int:
+        """Along which of the axes X, Y and Z of a volume the slices lie."""
+        return SLICING_DIMENSION[plane_of(self.slicing_axis, slice_axes(np.asarray(volume.meta["original_affine"])))]
+
     def _cut(self, volume: MetaTensor, truth: Sequence[int] | None, key: str) -> dict[str, Any]:
         affine = np.asarray(volume.affine, dtype=np.float64)
         stored_affine = np.asarray(volume.meta["original_affine"], dtype=np.float64)
         stored_shape = [int(n) for n in volume.meta["spatial_shape"]][:3]
-        axis = SLICING_DIMENSION[plane_of(self.slicing_axis, slice_axes(stored_affine))]
+        axis = self.axis_of(volume)
         columns, rows = (a for a in range(3) if a != axis)
-        slices = volume.as_tensor().permute(1 + axis, 0, 1 + rows, 1 + columns).contiguous()  # (N, C, H, W)
+        slices = slices_along(axis, volume.as_tensor()).contiguous()
 
         centres = np.empty((len(slices), 4))
         centres[:, :3] = (np.array(volume.shape[1:]) - 1) / 2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import nibabel as nib
@@ -26,7 +27,8 @@ from .orientation import (
     plane_of,
     slice_axes,
 )
-from .percentiles import blocks_of, percentiles
+from .percentiles import Ranked
+from .threads import shared_out
 
 __all__ = [
     "CheckVolumed",
@@ -37,6 +39,7 @@ __all__ = [
     "ScaleForegroundPercentilesd",
     "ScaleWindowd",
     "SlicingTransform",
+    "plain",
 ]
 
 
@@ -45,7 +48,9 @@ class KeysTransform(MapTransform):
 
     `acts_on` says what a result depends on, with the parameters given: "geometry": where voxels lie and no value of
     theirs; "check": nothing is changed, and a part that passes shows that the whole does; "slices": each slice by
-    itself; "pointwise": each voxel by itself; "volume": anything. `selective` relies on it.
+    itself; "pointwise": each voxel by itself; "fitted": the same once some numbers are known of the whole volume, for
+    which `fitted` gives a pointwise step; "cut": the volume becomes its slices; "volume": anything. `selective` and
+    `parts` rely on it.
     """
 
     keys: tuple[str, ...]
@@ -62,8 +67,8 @@ class SlicingTransform(KeysTransform):
         self.slicing_axis = slicing_axis
 
 
-def _plain(volume: Tensor) -> Tensor:
-    # Every operation on a MetaTensor copies its meta data.
+def plain(volume: Tensor) -> Tensor:
+    """The same values without meta data, which every operation on a MetaTensor copies."""
     return volume.as_tensor() if isinstance(volume, MetaTensor) else volume
 
 
@@ -101,7 +106,7 @@ class OrientForSlicingd(SlicingTransform):
             if lean(affine) > LEAN_DEGREES and change[2, 0] != SLICING_DIMENSION[plane]:
                 raise _sheared(affine, f"{plane} pictures across them would be distorted")
             flips = [1 + axis for axis in range(3) if change[axis, 1] < 0]
-            array = _plain(volume)
+            array = plain(volume)
             array = array.flip(flips) if flips else array
             array = array.permute(0, *(1 + int(axis) for axis in np.argsort(change[:, 0])))
             moved = affine @ nib.orientations.inv_ornt_aff(change, volume.shape[1:])
@@ -120,7 +125,7 @@ class CheckVolumed(KeysTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         for key in self.keys:
-            channels = _plain(data[key])
+            channels = plain(data[key])
             if not any(_varies(channel) for channel in channels):
                 values = ", ".join(f"{float(channel.flatten()[0]):g}" for channel in channels)
                 raise Refusal(
@@ -170,12 +175,12 @@ class ResampleVolumed(KeysTransform):
         return out
 
 
-def foreground_threshold(values: np.ndarray) -> float:
+def foreground_threshold(values: Ranked) -> float:
     """What lies above is foreground: a tenth of the range between the 0.5 and 99.5 percentiles, from below.
 
     Percentiles, so that single hot voxels do not hide the body.
     """
-    floor, ceiling = percentiles(values, [0.5, 99.5])
+    floor, ceiling = values.percentiles([0.5, 99.5])
     return floor + 0.1 * (ceiling - floor)
 
 
@@ -184,13 +189,21 @@ def _foreground_box(volume: np.ndarray) -> list[tuple[int, int]]:
     plane = np.zeros(volume.shape[1:3], dtype=bool)
     along = np.zeros(volume.shape[3], dtype=bool)
     for channel in volume:
-        threshold = foreground_threshold(channel)
-        for k in range(channel.shape[2]):
-            found = channel[:, :, k] > threshold
-            along[k] |= found.any()
-            plane |= found
+        threshold = foreground_threshold(Ranked(channel))
+        # The largest value exceeds it where any does.
+        found = shared_out(_largest, [channel[:, :, k] for k in range(channel.shape[2])])
+        plane |= np.max([across for across, _ in found], axis=0) > threshold
+        along |= np.concatenate([one for _, one in found]) > threshold
     seen = [np.flatnonzero(line) for line in (plane.any(axis=1), plane.any(axis=0), along)]
     return [(int(places[0]), int(places[-1]) + 1) for places in seen if len(places)]
+
+
+def _largest(slices: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.float32]]:
+    """The largest value of some slices (X, Y) at each place (X, Y), and of each slice."""
+    across = slices[0].copy(order="K")
+    for one in slices[1:]:
+        np.maximum(across, one, out=across)
+    return across, [one.max() for one in slices]
 
 
 class CropToForegroundd(KeysTransform):
@@ -211,7 +224,7 @@ class CropToForegroundd(KeysTransform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(data)
         for key in self.keys if self.margin is not None else ():
-            box = _foreground_box(_plain(out[key]).numpy())
+            box = _foreground_box(plain(out[key]).numpy())
             # An absent foreground (few voxels differ from the rest) leaves nothing to crop to.
             if box:
                 first, end = np.array(box).T
@@ -223,14 +236,14 @@ class CropToForegroundd(KeysTransform):
 def _scaled(given: Tensor, ranges: Sequence[tuple[float, float]]) -> Tensor:
     """(C, X, Y, Z) values, of each channel less its first number and divided by its second, clipped to [0, 1].
 
-    A slice at a time, while it is near the processor, and laid out slice by slice, as a bag along the last axis is.
+    A channel of infinite extent becomes 0.
     """
-    scaled = given.new_empty([given.shape[axis] for axis in (3, 0, 2, 1)]).permute(1, 3, 2, 0)
-    for k in range(given.shape[3]):
-        for c, (low, extent) in enumerate(ranges):
-            part = scaled[c, :, :, k]
-            torch.sub(given[c, :, :, k], low, out=part)
-            part.div_(extent).clamp_(0.0, 1.0)
+    scaled = torch.empty_like(given)  # axes in the same order in memory
+    for part, values, (low, extent) in zip(scaled, given, ranges, strict=True):
+        if extent == math.inf:
+            part.zero_()
+        else:
+            torch.sub(values, low, out=part).div_(extent).clamp_(0.0, 1.0)
     return scaled
 
 
@@ -254,12 +267,8 @@ class ScaleWindowd(KeysTransform):
         self.low, self.high = float(low), float(high)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        out = dict(data)
-        for key in self.keys:
-            given = _plain(out[key])
-            scaled = _scaled(given, [(self.low, self.high - self.low)] * len(given))
-            out[key] = MetaTensor(scaled, meta=out[key].meta) if isinstance(out[key], MetaTensor) else scaled
-        return out
+        ranges = {key: [(self.low, self.high - self.low)] * len(data[key]) for key in self.keys}
+        return _with_scaled(data, ranges)
 
 
 class ScaleForegroundPercentilesd(KeysTransform):
@@ -273,6 +282,8 @@ class ScaleForegroundPercentilesd(KeysTransform):
         upper: percentile of the foreground that becomes 1, in percent.
     """
 
+    acts_on = "fitted"
+
     def __init__(self, keys: KeysCollection, lower: float = 1.0, upper: float = 99.0) -> None:
         super().__init__(keys)
         if not 0 <= lower < upper <= 100:
@@ -280,27 +291,31 @@ class ScaleForegroundPercentilesd(KeysTransform):
         self.lower, self.upper = lower, upper
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        out = dict(data)
-        for key in self.keys:
-            given = _plain(out[key])
-            ranges = [self._range(channel.numpy()) for channel in given]
-            scaled = _scaled(given, ranges)
-            for c, (_, extent) in enumerate(ranges):
-                if extent == math.inf:
-                    scaled[c] = 0.0
-            out[key] = MetaTensor(scaled, meta=out[key].meta) if isinstance(out[key], MetaTensor) else scaled
-        return out
+        return self.fitted(data)(data)
 
-    def _range(self, values: np.ndarray) -> tuple[float, float]:
+    def fitted(self, data: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+        """The same for any part of the volumes that are given, whose percentiles hold for all of it."""
+        ranges = {key: [self._range(Ranked(channel.numpy())) for channel in plain(data[key])] for key in self.keys}
+        return partial(_with_scaled, ranges=ranges)
+
+    def _range(self, values: Ranked) -> tuple[float, float]:
         """What is subtracted from a channel, and what the rest is divided by; infinity for a constant one."""
         threshold = foreground_threshold(values)
-        if any(bool((block > threshold).any()) for block in blocks_of(values)):
-            low, high = percentiles(values, [self.lower, self.upper], above=threshold)
-        else:  # fewer than 0.5% of the voxels differ from the rest
-            low, high = float(values.min()), float(values.max())
+        least, most = values.ends()
+        # Else fewer than 0.5% of the voxels differ from the rest.
+        apart = most > threshold
+        low, high = values.percentiles([self.lower, self.upper], above=threshold) if apart else (least, most)
         if not high > low:  # as in binary shapes: the foreground becomes 1
-            low = float(values.min())
+            low = least
         # A channel may be constant (an absent sequence) where the volume is not: it becomes 0, also where
         # resampling left rounding errors. The limit is relative: quantitative maps may hold values of 1e-9.
         constant = high - low <= 1e-6 * max(abs(low), abs(high))
         return low, math.inf if constant else high - low
+
+
+def _with_scaled(data: Mapping[str, Any], ranges: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+    out = dict(data)
+    for key, own in ranges.items():
+        scaled = _scaled(plain(out[key]), own)
+        out[key] = MetaTensor(scaled, meta=out[key].meta) if isinstance(out[key], MetaTensor) else scaled
+    return out

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from bundle.data import percentiles as module
-from bundle.data.percentiles import blocks_of, percentiles
+from bundle.data.percentiles import LARGE, Ranked, blocks_of, percentiles
 
 KINDS = ("noise", "air and noise", "few values", "two atoms", "constant")
 
@@ -49,3 +50,43 @@ def test_layout_does_not_matter_and_every_value_counts_once(order: str) -> None:
     for values in (whole, whole[1:-2, 3:, ::2], whole.transpose(2, 0, 1)[::-1], whole[4], whole[2, 3]):
         np.testing.assert_array_equal(np.sort(np.concatenate(list(blocks_of(values)))), np.sort(values, axis=None))
         assert percentiles(values, [1.0, 99.0]) == np.percentile(values, [1.0, 99.0]).tolist()
+
+
+# Lowest and highest whole number, and one value that is put among them.
+WHOLE = {
+    "12 bits": (-1024, 3071, None),
+    "16 bits, signed": (-32768, 32767, None),
+    "16 bits, unsigned": (0, 65535, None),
+    "more than 15 bits around 0": (-20000, 20000, None),
+    "the most that is counted": (-LARGE, LARGE - 1, None),
+    "too large": (-7, 7, float(LARGE)),
+    "too small": (-7, 7, -float(LARGE) - 1),
+    "a half": (-7, 7, 2.5),
+    "beyond any integer": (-7, 7, 3e38),
+    "a tiny number": (-7, 7, -1e-30),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_whole_numbers_are_counted(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(module, "BLOCK", 1 << 10)
+    low, high, other = WHOLE[kind]
+    rng = np.random.default_rng(3)
+    for shape in ((30, 20, 17), (5,), (1, 1)):
+        values = rng.integers(low, high + 1, shape).astype(np.float32)
+        values.flat[[0, -1]] = low, high
+        values[rng.random(shape) < 0.3] = low
+        if other is not None:
+            values.flat[values.size // 2] = other
+        seen = [Ranked(values)] if values.ndim < 3 else [Ranked(values), Ranked(values.transpose(2, 0, 1)[::-1])]
+        for ranked in seen:
+            assert (ranked._up_to is None) == (other is not None)
+            assert ranked.ends() == (values.min(), values.max())
+            for wanted in ([0.5, 99.5], [0.0, 50.0, 100.0], rng.uniform(0, 100, 3).tolist()):
+                assert ranked.percentiles(wanted) == np.percentile(values, wanted).tolist()
+            for limit in (low - 1.0, low, 0.3, -0.3, float(np.median(values)), high - 0.5, high, 1e9, -1e9):
+                assert ranked.up_to(limit) == np.count_nonzero(values <= limit)
+                if (above := values[values > limit]).size:
+                    assert ranked.percentiles([1.0, 99.0], above=limit) == np.percentile(above, [1.0, 99.0]).tolist()

@@ -312,6 +312,28 @@ def test_the_field_of_view_does_not_change_what_is_cropped() -> None:
     assert (two["slice_index"] - one["slice_index"]).tolist() == [5] * 14
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_box_holds_what_exceeds_the_threshold_in_any_channel(order: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(5):
+        array = np.full((2, 12, 11, 10), -50.0, dtype=np.float32)
+        for channel in array:
+            first = rng.integers(0, 6, 3)
+            block = tuple(slice(start, start + size) for start, size in zip(first, rng.integers(2, 5, 3), strict=True))
+            channel[block] = rng.integers(-20, 90, channel[block].shape) / rng.integers(1, 3)
+        seen = np.zeros(array.shape[1:], dtype=bool)
+        for channel in array:
+            low, high = np.percentile(channel, [0.5, 99.5])
+            seen |= channel > low + 0.1 * (high - low)
+        box = tuple(slice(int(places.min()), int(places.max()) + 1) for places in np.nonzero(seen))
+        # The same volume with its axes in another order in memory.
+        laid_out = np.ascontiguousarray(array.transpose(0, *(1 + axis for axis in order)))
+        view = torch.from_numpy(laid_out).permute(0, *(1 + order.index(axis) for axis in range(3)))
+        volume = MetaTensor(view, meta=loaded(array, affine_of())["image"].meta)
+        cropped = CropToForegroundd("image", margin=0)({"image": volume})["image"]
+        assert torch.equal(cropped.as_tensor(), torch.from_numpy(array[(slice(None), *box)]))
+
+
 def test_nothing_to_crop_to() -> None:
     array = np.ones((1, 10, 10, 10), dtype=np.float32)
     array[0, 0, 0, 0] = 0
