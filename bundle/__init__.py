@@ -46,6 +46,7 @@ _EXPORTS = {
     "results.run_folder": "RunFolder",
     "results.writer": "DrawKeySlices WriteMetrics WriteRecords exit_status",
     "settings": "check_config check_held_out choose run_settings",
+    "training.averaging": "AverageWeights ReturnWeights",
     "training.checkpoint": "BestModel Checkpoint EarlyStop",
     "training.distributed": ("BagBatches data_parallel end_group is_first local_device own_share start_group"),
     "training.engine": "BagEvaluator BagTrainer autocast_dtype",
