@@ -24,7 +24,7 @@ import jsonschema
 
 from ..errors import InputError
 
-__all__ = ["FORMAT", "LOCKED", "SECTIONS", "class_names", "content_hash", "load_datalist"]
+__all__ = ["FORMAT", "LOCKED", "SECTIONS", "class_names", "content_hash", "fold_sizes", "load_datalist"]
 
 SECTIONS = ("training", "validation", "test")
 LOCKED = "locked"
@@ -219,3 +219,15 @@ def class_names(path: str | os.PathLike[str]) -> list[str]:
     """
     names: list[str] = _read(Path(path))["class_names"]
     return names
+
+
+def fold_sizes(path: str | os.PathLike[str]) -> list[dict[str, int]]:
+    """How many cases each section of each fold has: section → number, a dict a fold.
+
+    Args:
+        path: a datalist made by `scripts/make_datalist`.
+
+    Raises:
+        InputError: the file is missing, corrupt, edited or inconsistent.
+    """
+    return [{section: len(fold[section]) for section in SECTIONS} for fold in _read(Path(path))["folds"]]

@@ -123,6 +123,26 @@ def _official_fold(table: CaseTable) -> list[dict[str, list[str]]]:
     return [fold]
 
 
+def _judged_on_validation(
+    official: dict[str, list[str]], cases: Sequence[dict[str, Any]], num_folds: int, seed: int
+) -> dict[str, list[str]]:
+    """A fold for published sets whose test part is kept back: the official validation part is the test part here.
+
+    About 1 / num_folds of the official training cases become the inner validation, so that nothing is chosen on the
+    cases that judge.
+    """
+    if official["test"]:
+        raise InputError("--validation_as_test is for a split without test cases, and this one has some: leave it out")
+    trained = set(official["training"])
+    inner = make_folds([case for case in cases if case["case"] in trained], num_folds, seed)[0]
+    validation = set(inner["test"])
+    return {
+        "training": [case for case in official["training"] if case not in validation],
+        "validation": [case for case in official["training"] if case in validation],
+        "test": official["validation"],
+    }
+
+
 def make_datalist(
     path: str | os.PathLike[str],
     columns: CaseColumns | None = None,
@@ -136,6 +156,7 @@ def make_datalist(
     skip_unlabelled: bool = False,
     mixed_labels: bool = False,
     lock: float = 0.0,
+    validation_as_test: bool = False,
 ) -> dict[str, Any]:
     """Make a datalist from a table of cases.
 
@@ -144,13 +165,15 @@ def make_datalist(
         columns: its column names.
         dataset_dir: the folder that its image paths are relative to; by default the table's own.
         classes: class names in order of their index; by default the sorted distinct labels.
-        num_folds: number of folds; not used where `columns` names a split column.
+        num_folds: number of folds; where `columns` names a split column, used with `validation_as_test` alone.
         seed: seed of the folds.
         slices: a CSV table of slice truth, a row a slice.
         slice_columns: the column names of `slices`.
         skip_unlabelled: leave rows without a label out instead of refusing them.
         mixed_labels: allow a patient's cases to have different labels.
         lock: share of the patients whose cases are in no fold but in the section "locked", see `locked_patients`.
+        validation_as_test: with a split column that names no test case, make the official validation part the test
+            part, and 1 / num_folds of the training part the validation part.
 
     Returns:
         The datalist, with its hash.
@@ -170,6 +193,8 @@ def make_datalist(
         problems.sentences += [f"{slices}: {sentence}" for sentence in found.sentences]
     if lock and columns.split:
         raise InputError("--lock and --split exclude each other: an official split says itself what is kept back")
+    if validation_as_test and not columns.split:
+        raise InputError("--validation_as_test needs the column of official splits: give --split too")
     locked = locked_patients({case["patient"] for case in table.cases}, lock)
     open_cases = [case for case in table.cases if case["patient"] not in locked]
     folds: list[dict[str, list[str]]] = []
@@ -180,6 +205,8 @@ def make_datalist(
                 if not any(case["label"] == label for case in table.cases):
                     raise InputError(f"no case has class {label} ({name}): remove it from --classes, or add cases")
             folds = _official_fold(table) if columns.split else make_folds(open_cases, num_folds, seed)
+            if validation_as_test:
+                folds = [_judged_on_validation(folds[0], table.cases, num_folds, seed)]
         except InputError as error:
             problems.add(None, None, str(error))
     problems.raise_if_any()
@@ -268,6 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folds", type=int, default=5, help="number of folds (default: 5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the folds (default: 0)")
     parser.add_argument("--split", help="column of official splits (training, validation, test), kept as the only fold")
+    parser.add_argument(
+        "--validation_as_test",
+        action="store_true",
+        help="with --split and without test cases: judge on the validation part, and take 1 / --folds of the training "
+        "part for the inner validation",
+    )
     parser.add_argument("--slices", type=Path, help="CSV table of slice truth, a row a slice")
     parser.add_argument(
         "--slice_case",
@@ -304,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         skip_unlabelled=given.skip_unlabelled,
         mixed_labels=given.mixed_labels,
         lock=given.lock,
+        validation_as_test=given.validation_as_test,
     )
     write_datalist(datalist, given.out)
     print(_summary(datalist))

@@ -11,7 +11,14 @@ from sklearn.metrics import roc_auc_score
 
 from .bootstrap import mean_interval
 
-__all__ = ["KEY_SLICE_DEFINITIONS", "RANKINGS", "key_slice_intervals", "key_slice_scores", "rank_slices"]
+__all__ = [
+    "KEY_SLICE_DEFINITIONS",
+    "RANKINGS",
+    "case_key_slices",
+    "key_slice_intervals",
+    "key_slice_scores",
+    "rank_slices",
+]
 
 RANKINGS = ("score", "weight", "attention")
 CASE_SCORES = ("hit_1", "hit_3", "distance_mm", "instance_auc")
@@ -80,6 +87,28 @@ def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "instance_auc_pooled": _auc(pooled, by),
         }
     return result
+
+
+def case_key_slices(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What the first slice of one case is, by each of `RANKINGS`, and whether it is a true one.
+
+    Args:
+        record: of a case that was not refused.
+
+    Returns:
+        Ranking → ``index`` (stored number of the first slice), and ``hit_1``, ``hit_3``, ``distance_mm``,
+        ``instance_auc`` as `KEY_SLICE_DEFINITIONS` has them, NaN for a case of class 0 or without a known true slice.
+    """
+    known = [s for s in record["slices"] if s["label"] in (0, 1)]
+    counts = bool(record["label"]) and any(s["label"] == 1 for s in known)
+    nothing = dict.fromkeys(CASE_SCORES, math.nan)
+    return {
+        by: {
+            "index": record["slices"][rank_slices(record["slices"], by)[0]]["index"],
+            **(_case_scores(known, by) if counts else nothing),
+        }
+        for by in RANKINGS
+    }
 
 
 def key_slice_intervals(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bundle.data.case_table import CaseColumns
-from bundle.data.datalist import SECTIONS, class_names, content_hash, load_datalist
+from bundle.data.datalist import SECTIONS, class_names, content_hash, fold_sizes, load_datalist
 from bundle.data.make_datalist import locked_patients, main, make_datalist, make_folds, write_datalist
 from bundle.data.slice_table import SliceColumns
 from bundle.errors import InputError
@@ -234,6 +234,41 @@ def test_published_set_without_a_test_part(tmp_path: Path) -> None:
     assert len(load_datalist(tmp_path / "d.json", "training")) == 15
     with pytest.raises(InputError, match="no cases in section test of fold 0"):
         load_datalist(tmp_path / "d.json", "test")
+
+
+def test_a_kept_back_test_part_is_replaced_by_the_validation_part(tmp_path: Path) -> None:
+    rows = cohort(tmp_path, patients=40)
+    for row in rows:
+        row["split"] = "train" if int(row["patient"][1:]) < 30 else "val"
+    table, columns = write_table(tmp_path / "t.csv", rows), CaseColumns(split="split")
+    (official,) = make_datalist(table, columns)["folds"]
+    datalist = make_datalist(table, columns, validation_as_test=True)
+    (fold,) = datalist["folds"]
+    assert fold["test"] == official["validation"]
+    assert sorted(fold["training"] + fold["validation"]) == sorted(official["training"])
+    patient = {case["case"]: case["patient"] for case in datalist["cases"]}
+    label = {case["case"]: case["label"] for case in datalist["cases"]}
+    assert not {patient[case] for case in fold["training"]} & {patient[case] for case in fold["validation"]}
+    assert len({patient[case] for case in fold["validation"]}) == 30 // 5
+    assert {label[case] for case in fold["validation"]} == {0, 1}
+    (more,) = make_datalist(table, columns, validation_as_test=True, num_folds=3)["folds"]
+    assert len({patient[case] for case in more["validation"]}) == 30 // 3
+    assert make_datalist(table, columns, validation_as_test=True, seed=1)["folds"] != [fold]
+    arguments = [str(table), "--split", "split", "--validation_as_test", "--out", str(tmp_path / "d.json")]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "d.json").read_text())["folds"] == [fold]
+    assert fold_sizes(tmp_path / "d.json") == [{section: len(fold[section]) for section in SECTIONS}]
+
+
+def test_only_a_kept_back_test_part_is_replaced(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    for number, row in enumerate(rows):
+        row["split"] = ["train", "val", "test"][number % 3]
+        row["patient"] = f"p{number}"
+    table = write_table(tmp_path / "t.csv", rows)
+    (sentence,) = problems_of(table, CaseColumns(split="split"), validation_as_test=True)
+    assert "--validation_as_test is for a split without test cases, and this one has some" in sentence
+    (sentence,) = problems_of(table, validation_as_test=True)
+    assert "--validation_as_test needs the column of official splits: give --split too" in sentence
 
 
 # Slice truth

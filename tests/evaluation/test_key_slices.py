@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from bundle.evaluation.key_slices import key_slice_intervals, key_slice_scores, rank_slices
+from bundle.evaluation.key_slices import (
+    RANKINGS,
+    case_key_slices,
+    key_slice_intervals,
+    key_slice_scores,
+    rank_slices,
+)
 
 
 def record(
@@ -125,3 +131,16 @@ def test_intervals_are_over_patients() -> None:
     one = key_slice_intervals(cases, ["a", "a", "a", "d"], resamples=50)
     assert one["score"]["hit_1"] == pytest.approx([1 / 3, 1 / 3])
     assert key_slice_intervals([], []) == {}
+
+
+def test_cases_one_by_one_average_to_the_scores_of_all() -> None:
+    unknown = record("unknown", 1, [-1, -1], [0.0, 1.0])
+    cases = [case_key_slices(one) for one in (HIT, NEAR, MISS, NEGATIVE, unknown)]
+    together = key_slice_scores([HIT, NEAR, MISS, NEGATIVE, unknown])
+    for by in RANKINGS:
+        assert [one[by]["index"] for one in cases] == [1, 2, 1, 2, 1]
+        for name, of_all in (("hit_1", "hit_1"), ("hit_3", "hit_3"), ("distance_mm", "distance_mm_mean")):
+            values = [one[by][name] for one in cases]
+            assert np.mean(values[:3]) == pytest.approx(together[by][of_all])
+            assert all(map(math.isnan, values[3:]))
+        assert np.mean([one[by]["instance_auc"] for one in cases[:3]]) == pytest.approx(together[by]["instance_auc"])

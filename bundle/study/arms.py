@@ -1,0 +1,82 @@
+"""Arms of a study: named overlays, some made from others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..errors import InputError
+from ..files import replacing
+
+__all__ = ["OVERLAYS", "Arm", "Stage", "read_study", "write_overlay"]
+
+
+NAME = re.compile(r"\w[\w.-]*")  # becomes a folder's
+OVERLAYS = "overlays"  # the folder beside those of the arms
+
+
+class Arm(NamedTuple):
+    """Overlays by path, and settings laid over them."""
+
+    files: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+class Stage(NamedTuple):
+    """Seeds of a stage, and what all its arms have in common."""
+
+    seeds: list[int]
+    settings: dict[str, Any]
+
+
+def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
+    """Stages and arms of a study's YAML file, see configs/study.yaml.
+
+    Raises:
+        InputError: the file cannot be read, a name is none for a folder, an arm starts from one that is not above it,
+            or a file is not there.
+    """
+    path = Path(path).absolute()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        stages = {str(name): Stage(list(s["seeds"]), dict(s["settings"])) for name, s in content["stages"].items()}
+        given: Mapping[str, Mapping[str, Any]] = {str(name): dict(arm or {}) for name, arm in content["arms"].items()}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path} is no study ({type(error).__name__}): it needs `stages` (name: seeds, settings) and `arms`"
+        ) from None
+    arms: dict[str, Arm] = {}
+    for name, arm in given.items():
+        if not NAME.fullmatch(name) or name == OVERLAYS:
+            raise InputError(f"{path}: {name!r} is no name for an arm: use letters, digits, _, - and .")
+        settings = dict(arm)
+        base, files = settings.pop("from", None), settings.pop("files", [])
+        if base is not None and base not in arms:
+            raise InputError(f"{path}: arm {name} starts from {base!r}, and there is no such arm above it")
+        start = arms[base] if base is not None else Arm((), {})
+        paths = tuple(str(path.parent / file) for file in files)
+        absent = [file for file in paths if not Path(file).is_file()]
+        if absent:
+            raise InputError(f"{path}: arm {name} names a file that is not there: {absent[0]}")
+        arms[name] = Arm((*start.files, *paths), {**start.settings, **settings})
+    return stages, arms
+
+
+def write_overlay(settings: Mapping[str, Any], path: Path, what: str) -> None:
+    """Write settings as an overlay that `python -m monai.bundle run` takes; a file that says the same stays as it is.
+
+    Several commands at work in one folder then do not disturb each other.
+
+    Args:
+        settings: key → value.
+        path: of the YAML file.
+        what: for its first line.
+    """
+    text = f"# {what}\n" + (yaml.safe_dump(dict(settings), sort_keys=False) if settings else "{}\n")
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")

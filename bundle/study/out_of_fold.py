@@ -1,0 +1,173 @@
+"""Test predictions of all folds of a cross-validation, put together: every case once for each seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InputError
+from ..evaluation.calibration import calibrated, fit_temperature, operating_point
+from ..evaluation.key_slices import RANKINGS, case_key_slices
+
+__all__ = ["OutOfFold", "Predictions", "fitted_on_validation", "out_of_fold", "read_predictions"]
+
+Floats = NDArray[np.float64]
+Record = dict[str, Any]
+# Ends the logarithm of a probability; one in float32 is no smaller but for 0.
+LEAST = 1e-38
+
+
+class Predictions(NamedTuple):
+    """Classified cases of a known label, M of them, sorted by name.
+
+    Attributes:
+        cases: names.
+        patients: identifiers; one of its own for a case whose patient is not known.
+        labels: (M,) true classes.
+        probabilities: (M, K).
+        refused: names of the labelled cases that the reader refused; they are in none of the above.
+    """
+
+    cases: list[str]
+    patients: list[str]
+    labels: NDArray[np.int64]
+    probabilities: Floats
+    refused: list[str]
+
+    @property
+    def logits(self) -> Floats:
+        """(M, K), up to one number a case, which changes no softmax."""
+        return np.log(np.maximum(self.probabilities, LEAST))
+
+
+class OutOfFold(NamedTuple):
+    """What one seed says of every case, each by the piece that did not train on it.
+
+    Attributes:
+        raw: the probabilities as the networks gave them.
+        calibrated: the same after the temperature of each piece's inner validation.
+        at_point: (M,) classes by each piece's operating point (two classes; else the most probable).
+        top_slice: ranking → (M,) stored number of the first slice.
+        hit: ranking → (M,) 1 where that slice is a true one, 0 where not, NaN for cases without a known true slice.
+        instance_auc: ranking → (M,) ROC area of slice truth within the case, NaN likewise.
+        temperatures: of the pieces.
+    """
+
+    raw: Predictions
+    calibrated: Floats
+    at_point: NDArray[np.int64]
+    top_slice: dict[str, NDArray[np.int64]]
+    hit: dict[str, Floats]
+    instance_auc: dict[str, Floats]
+    temperatures: list[float]
+
+
+def read_predictions(folder: str | Path) -> Predictions:
+    """The labelled cases of an evaluation.
+
+    Args:
+        folder: with `cases/`, a JSON record a case.
+
+    Raises:
+        InputError: there is none, or something else.
+    """
+    return _predictions(_records(Path(folder)), Path(folder))
+
+
+def _records(folder: Path) -> list[Record]:
+    try:
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "cases").glob("*.json")]
+        return sorted((record for record in found if record["label"] is not None), key=lambda record: record["case"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'cases'} holds no records ({type(error).__name__}): delete {folder}") from None
+
+
+def _predictions(records: Sequence[Record], folder: Path) -> Predictions:
+    kept = [record for record in records if record["status"] != "refused"]
+    if not kept:
+        raise InputError(f"{folder} has no classified case of a known label: see its log for refused cases")
+    return Predictions(
+        [record["case"] for record in kept],
+        # A NUL keeps a case of unknown patient apart from a patient who has its name.
+        [record["patient"] or f"\0{record['case']}" for record in kept],
+        np.array([record["label"] for record in kept], dtype=np.int64),
+        np.array([record["probabilities"] for record in kept], dtype=np.float64),
+        [record["case"] for record in records if record["status"] == "refused"],
+    )
+
+
+def fitted_on_validation(validation: Predictions, sensitivity: float = 0.9) -> tuple[float, float | None]:
+    """Temperature, and operating point of the calibrated probabilities (None: not two classes, or one without a case).
+
+    Args:
+        validation: inner validation cases of a piece.
+        sensitivity: of the rule, see `operating_point`.
+    """
+    temperature = fit_temperature(validation.logits, validation.labels).value
+    after = calibrated(validation.logits, temperature)
+    try:
+        return temperature, operating_point(validation.labels, after, sensitivity).threshold
+    except InputError:
+        return temperature, None
+
+
+def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9) -> OutOfFold:
+    """Put the pieces of one seed together.
+
+    Args:
+        folders: of the pieces, with `validation/` and `test/`.
+        sensitivity: of the operating points.
+
+    Raises:
+        InputError: a case is in the test part of two pieces, or a file is missing.
+    """
+    parts = [_piece(folder, sensitivity) for folder in folders]
+    cases = [case for part in parts for case in part.raw.cases]
+    patients = [patient for part in parts for patient in part.raw.patients]
+    if len(set(cases)) < len(cases):
+        raise InputError(f"{folders[0].parent}: a case is in the test part of two folds, so these are not folds")
+    order = np.argsort(np.array(cases), kind="stable")
+
+    def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return np.concatenate(values)[order]
+
+    def by_ranking(name: str) -> dict[str, NDArray[Any]]:
+        return {by: joined([getattr(part, name)[by] for part in parts]) for by in RANKINGS}
+
+    return OutOfFold(
+        Predictions(
+            [cases[i] for i in order],
+            [patients[i] for i in order],
+            joined([part.raw.labels for part in parts]),
+            joined([part.raw.probabilities for part in parts]),
+            sorted(case for part in parts for case in part.raw.refused),
+        ),
+        joined([part.calibrated for part in parts]),
+        joined([part.at_point for part in parts]),
+        by_ranking("top_slice"),
+        by_ranking("hit"),
+        by_ranking("instance_auc"),
+        [value for part in parts for value in part.temperatures],
+    )
+
+
+def _piece(folder: Path, sensitivity: float) -> OutOfFold:
+    records = _records(folder / "test")
+    raw = _predictions(records, folder / "test")
+    temperature, threshold = fitted_on_validation(read_predictions(folder / "validation"), sensitivity)
+    after = calibrated(raw.logits, temperature)
+    evidence = [case_key_slices(record) for record in records if record["status"] != "refused"]
+    return OutOfFold(
+        raw,
+        after,
+        after.argmax(axis=1) if threshold is None else (after[:, 1] >= threshold).astype(np.int64),
+        {by: np.array([one[by]["index"] for one in evidence], dtype=np.int64) for by in RANKINGS},
+        {by: np.array([one[by]["hit_1"] for one in evidence], dtype=np.float64) for by in RANKINGS},
+        {by: np.array([one[by]["instance_auc"] for one in evidence], dtype=np.float64) for by in RANKINGS},
+        [temperature],
+    )

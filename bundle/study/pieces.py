@@ -1,0 +1,184 @@
+"""Many pieces: one after another, on several processes, or a chosen one for a job array; stopped and gone on with."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from ..errors import InputError
+from .piece import BUSY, Piece, piece_result
+
+__all__ = ["do_pieces", "done_pieces", "duration", "probe_seconds", "projected_seconds"]
+
+POLL_SECONDS = 0.2
+# A mistake in the settings of an arm, or a training that diverges, fails its other pieces in the same way.
+FAILURES_OF_AN_ARM = 3
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def done_pieces(pieces: Sequence[Piece]) -> dict[Path, dict[str, Any]]:
+    """Folder → result of the pieces that are done, in their order."""
+    found = {piece.folder: piece_result(piece) for piece in pieces}
+    return {folder: result for folder, result in found.items() if result is not None}
+
+
+def do_pieces(
+    pieces: Sequence[Piece],
+    processes: int = 1,
+    progress: bool = True,
+    command: Callable[[Piece], list[str]] | None = None,
+) -> None:
+    """Do the pieces that are not done, each in a process of its own, and show how far it is.
+
+    Args:
+        pieces: in the order in which they are begun.
+        processes: at once; each gets its share of the processor's cores.
+        progress: show a bar.
+        command: of the process for a piece; None for the real one.
+
+    Raises:
+        InputError: pieces failed. The others are done all the same, but of an arm (the folder above) of which three
+            failed no more are begun.
+    """
+    if processes < 1:
+        raise InputError(f"--processes must be at least 1, not {processes}")
+    done = done_pieces(pieces)
+    waiting = [piece for piece in pieces if piece.folder not in done]
+    for piece in waiting:
+        piece.folder.mkdir(parents=True, exist_ok=True)
+        piece.save()
+    running: dict[Path, subprocess.Popen[bytes]] = {}
+    failed: dict[Path, str] = {}
+    elsewhere, not_begun = 0, 0
+    bar = tqdm(total=len(pieces), initial=len(done), desc="pieces", unit="piece", disable=not progress)
+    with bar, _ended_with_us(running):
+        while running or waiting:
+            while waiting and len(running) < processes:
+                piece = waiting.pop(0)
+                if sum(folder.parent == piece.folder.parent for folder in failed) >= FAILURES_OF_AN_ARM:
+                    not_begun += 1
+                else:
+                    running[piece.folder] = _start(piece, processes, command or _command)
+            time.sleep(POLL_SECONDS)
+            for folder, process in list(running.items()):
+                status = process.poll()
+                if status is None:
+                    continue
+                del running[folder]
+                if status == BUSY:
+                    elsewhere += 1
+                elif status != 0:
+                    failed[folder] = _last_words(folder, status)
+                    bar.write(f"failed: {folder}: {failed[folder]}", file=sys.stderr)
+                bar.update(1)
+    if failed:
+        folder, told = next(iter(failed.items()))
+        left = f", {not_begun} were not begun" if not_begun else ""
+        raise InputError(f"pieces failed: {len(failed)}{left}; the first: {told} (more in {folder / 'log.txt'})")
+    if elsewhere:
+        logging.getLogger(__name__).warning(
+            "pieces that another process is doing: %d; run the same command again when it has ended", elsewhere
+        )
+
+
+@contextmanager
+def _ended_with_us(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Let no process outlive this one, be it interrupted or terminated, as by a scheduler; pieces go on later."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if ours else None
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _command(piece: Piece) -> list[str]:
+    return [sys.executable, "-m", f"{PACKAGE.name}.study.piece", str(piece.folder)]
+
+
+def _start(piece: Piece, processes: int, command: Callable[[Piece], list[str]]) -> subprocess.Popen[bytes]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ, "PYTHONPATH": path}
+    with (piece.folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(command(piece), env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _last_words(folder: Path, status: int) -> str:
+    """Why a piece failed: the sentence of the error in its log, or how its process ended."""
+    lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if status == 2 and told:
+        return told[-1]
+    if status < 0:
+        return f"its process was ended by signal {-status} (9: perhaps for want of memory)"
+    return lines[-1] if lines else f"its process ended with status {status}"
+
+
+def duration(seconds: float) -> str:
+    """For people: minutes below two hours, else hours."""
+    return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def projected_seconds(pieces: Sequence[Piece], done: Mapping[Path, Mapping[str, Any]], processes: int) -> float:
+    """What the pieces that are not done will take on this many processes, by the mean of those that are done.
+
+    Pieces of the same arm (the folder above) count before others. Those that were interrupted have no time; NaN where
+    none has.
+    """
+    by_arm: dict[Path, list[float]] = {}
+    for folder, result in done.items():
+        if result["seconds"] is not None:
+            by_arm.setdefault(folder.parent, []).append(float(result["seconds"]))
+    every = [seconds for group in by_arm.values() for seconds in group]
+    if not every:
+        return math.nan
+    known = [by_arm.get(piece.folder.parent, every) for piece in pieces if piece.folder not in done]
+    return sum(sum(group) / len(group) for group in known) / processes
+
+
+def probe_seconds(piece: Piece, processes: int = 1) -> float:
+    """Seconds that a piece is likely to take, from two epochs of its training in a folder that is deleted again.
+
+    What it prepares stays in the cache and is not prepared again.
+
+    Args:
+        piece: one that is not done.
+        processes: that will share the cores.
+
+    Raises:
+        InputError: the training fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        short = {"max_epochs": 2, "warmup_epochs": 0}
+        probe = Piece(Path(folder), piece.config_files, {**piece.settings, **short})
+        probe.save()
+        begun = time.monotonic()
+        process = _start(probe, processes, lambda piece: [*_command(piece), "train"])
+        with _ended_with_us({probe.folder: process}):
+            status = process.wait()
+        if status:
+            raise InputError(f"a training of two epochs failed: {_last_words(probe.folder, status)}")
+        seconds = time.monotonic() - begun
+        events = EventAccumulator(str(probe.folder / "events")).Reload()
+        first, second = (event.wall_time for event in events.Scalars("train_loss"))
+    return seconds + (second - first) * (int(piece.config["max_epochs"]) - 2)

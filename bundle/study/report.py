@@ -1,0 +1,34 @@
+"""The report of a study: tables and figures in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..files import replacing
+from .arm_results import ArmResult
+from .figures import draw_arms, draw_traces, draw_validation
+from .tables import study_text, write_arms, write_pieces
+
+__all__ = ["report"]
+
+
+def report(results: Sequence[ArmResult], reference: str, folder: Path, left_out: Sequence[str] = ()) -> None:
+    """Write the tables and figures of arms, and print the tables.
+
+    Args:
+        results: of arms that are whole, in the order of the rows.
+        reference: name of the arm that differences are against; the first where it is not among them.
+        folder: gets report.md, arms.csv, pieces.csv, arms.png, traces.png and validation.png.
+        left_out: names of arms that are not whole.
+    """
+    against = reference if reference in [one.name for one in results] else results[0].name
+    text = study_text(results, against, left_out)
+    with replacing(folder / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_arms(results, against, folder / "arms.csv")
+    write_pieces(results, folder / "pieces.csv")
+    draw_arms(results, against, folder / "arms.png")
+    draw_traces(results, folder / "traces.png")
+    draw_validation(results, folder / "validation.png")
+    print(f"\n{text}\n{folder}")

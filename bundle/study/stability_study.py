@@ -1,0 +1,65 @@
+"""Command line of scripts/stability_study: many arms on the same folds, and what makes them steady."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import InputError, command_line
+from .arm_results import collect
+from .arms import OVERLAYS, Arm, Stage, read_study, write_overlay
+from .piece import Piece
+from .plan import Plan, add_options, carry_out
+from .report import report
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Many arms on the same folds.
+
+    Raises:
+        InputError: on a wrong option or file, or when pieces failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="stability_study",
+        allow_abbrev=False,
+        description="Train and evaluate the arms of a study on the same folds and compare them: scores, steadiness, "
+        "evidence, calibration. Settings of the config, for all arms, follow as --key value. The same command again "
+        "goes on where it was.",
+    )
+    add_options(parser)
+    parser.add_argument("--study", type=Path, required=True, help="stages and arms, such as configs/study.yaml")
+    parser.add_argument("--stage", required=True, help="of the study, such as screen")
+    parser.add_argument("--arms", help="names by commas (all)")
+    parser.add_argument("--reference", default="before", help="arm that differences are against (%(default)s)")
+    given, rest = parser.parse_known_args(arguments)
+    plan = Plan(given, rest)
+    stages, arms = read_study(given.study)
+    if given.stage not in stages:
+        raise InputError(f"--stage must be one of {', '.join(stages)}, not {given.stage!r}")
+    chosen = [name.strip() for name in given.arms.split(",")] if given.arms else list(arms)
+    unknown = [name for name in chosen if name not in arms]
+    if unknown:
+        raise InputError(f"--arms: there is no arm {unknown[0]!r} in {given.study}; there are {', '.join(arms)}")
+    pieces = {name: _pieces(plan, given.stage, stages[given.stage], name, arms[name]) for name in chosen}
+    if carry_out([piece for group in pieces.values() for piece in group], plan):
+        found = {name: collect(name, group) for name, group in pieces.items()}
+        whole = [result for result in found.values() if result is not None]
+        if not whole:
+            raise InputError("no arm has all folds of a seed done yet: run the same command without --report")
+        report(whole, given.reference, plan.output_dir, [name for name, result in found.items() if result is None])
+    return 0
+
+
+def _pieces(plan: Plan, stage_name: str, stage: Stage, name: str, arm: Arm) -> list[Piece]:
+    overlays = plan.output_dir / OVERLAYS
+    common, own = overlays / "stages" / f"{stage_name}.yaml", overlays / "arms" / f"{name}.yaml"
+    write_overlay(stage.settings, common, f"what all arms of the stage {stage_name} have in common")
+    write_overlay(arm.settings, own, f"the arm {name}")
+    return plan.pieces(stage.seeds, plan.output_dir / name, [str(common), *arm.files, str(own)])
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,216 @@
+"""A study as tables: one for people (Markdown) and two for programs (CSV), a row an arm and a row a piece."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.key_slices import RANKINGS
+from ..evaluation.scores import score
+from ..files import replacing
+from .arm_results import ArmResult, mean_steadiness, variance_ratio
+from .comparison import COMPARED, Figure, difference, figure, seed_agreement
+from .steadiness import STEADINESS
+
+__all__ = ["study_text", "write_arms", "write_pieces"]
+
+Row = dict[str, str]
+STEADINESS_HEADS = {
+    "val_accuracy_sd": "validation accuracy, sd",
+    "val_sampling_error": "by sampling alone",
+    "val_accuracy_range": "its range",
+    "train_minus_validation": "training − validation",
+    "train_minus_eval_mode": "train − eval mode",
+    "flip_rate": "flips",
+    "attention_drift": "drift",
+    "clipped_share": "clipped",
+}
+
+
+def study_text(arms: Sequence[ArmResult], reference: str, left_out: Sequence[str] = ()) -> str:
+    """The tables in Markdown; a column in which no arm has anything is left out.
+
+    Args:
+        arms: in the order of the rows.
+        reference: name of the one that differences and ratios are against.
+        left_out: names of arms of which no seed has all its folds done.
+    """
+    against = next(one for one in arms if one.name == reference)
+    first = next(iter(against.by_seed.values())).raw
+    always = np.full(len(first.labels), np.bincount(first.labels).argmax())
+    majority = [score(name, first.labels, first.probabilities, always) for name in ("accuracy", "f1_macro")]
+    told = [
+        f"{len(first.cases)} test cases of {len(set(first.patients))} patients, each judged by trainings that did not "
+        f"see its patient. Always the most frequent class: accuracy {majority[0]:.3f}, macro F1 {majority[1]:.3f}."
+    ]
+    if first.refused:
+        shown = ", ".join(first.refused[:5]) + (", …" if len(first.refused) > 5 else "")
+        told.append(f"The reader refused {len(first.refused)} more ({shown}): they are in no figure.")
+    told.append(
+        "Scores are pooled over folds and averaged over seeds, with 95% bootstrap intervals over patients"
+        + (f"; differences are against `{reference}`, paired." if len(arms) > 1 else ".")
+    )
+    if left_out:
+        told.append(f"Left out, as no seed has all its folds done: {', '.join(left_out)}.")
+    tables = [_scores(arms, against), _evidence(arms), _steadiness(arms, against), _calibration(arms)]
+    return "\n\n".join(["\n".join(told), *(_table(rows) for rows in tables if len(rows[0]) > 1)]) + "\n"
+
+
+def _scores(arms: Sequence[ArmResult], against: ArmResult) -> list[Row]:
+    return [
+        {
+            "arm": arm.name,
+            "seeds": str(len(arm.by_seed)),
+            "AUC": _told(figure(arm.compared, "auc")),
+            "AUC, difference": _signed(arm, against, "auc"),
+            "macro F1": _told(figure(arm.compared, "f1_macro")),
+            "macro F1, difference": _signed(arm, against, "f1_macro"),
+            "accuracy": _told(figure(arm.compared, "accuracy")),
+            "AUC of a piece, mean ± sd": _mean_and_sd(_of_pieces(arm, "scores", "test", "auc")),
+            "AUC of all seeds together": _told(figure(arm.compared, "ensemble_auc")) if len(arm.by_seed) > 1 else "",
+        }
+        for arm in arms
+    ]
+
+
+def _evidence(arms: Sequence[ArmResult]) -> list[Row]:
+    rows = []
+    for arm in arms:
+        hits = {f"by {by}": _told(figure(arm.compared, f"hit_1_{by}")) for by in RANKINGS}
+        if any(hits.values()):
+            agreement = seed_agreement(list(arm.by_seed.values()))["score"]
+            within = {"slice AUC by score": _told(figure(arm.compared, "slice_auc_score"))}
+            rows.append(
+                {"first slice is a true one": arm.name, **hits, **within, "seeds agree (score)": _number(agreement)}
+            )
+    chance = _of_pieces(arms[0], "key_slices", "chance_hit_1") if rows else []
+    if chance:
+        rows.append({**dict.fromkeys(rows[0], ""), "first slice is a true one": "chance"})
+        rows[-1] |= {f"by {by}": _number(float(np.mean(chance))) for by in RANKINGS}
+    return rows or [{}]
+
+
+def _steadiness(arms: Sequence[ArmResult], against: ArmResult) -> list[Row]:
+    rows = []
+    for arm in arms:
+        ratio = variance_ratio(against, arm)
+        known = arm.name != against.name and math.isfinite(ratio.value)
+        spread = _of_pieces(arm, "probability_sd")
+        rows.append(
+            {
+                "last third of the epochs": arm.name,
+                "batch NLL": _number(mean_steadiness(arm, "nll_mean")),
+                "its variance": _number(mean_steadiness(arm, "nll_variance"), 4),
+                "times steadier": f"{ratio.value:.1f} ({ratio.low:.1f}–{ratio.high:.1f})" if known else "",
+                **{head: _number(mean_steadiness(arm, name)) for name, head in STEADINESS_HEADS.items()},
+                "sd of test probabilities": _number(float(np.mean(spread))) if spread else "",
+            }
+        )
+    return rows
+
+
+def _calibration(arms: Sequence[ArmResult]) -> list[Row]:
+    rows = []
+    for arm in arms:
+        fitted = [value for one in arm.by_seed.values() for value in one.temperatures]
+        two = next(iter(arm.by_seed.values())).raw.probabilities.shape[1] == 2
+        rows.append(
+            {
+                "calibration": arm.name,
+                **{
+                    head + after: _told(figure(arm.compared, prefix + name))
+                    for name, head in (("nll", "NLL"), ("brier", "Brier"), ("ece", "ECE"))
+                    for prefix, after in (("", ""), ("calibrated_", " after"))
+                },
+                "temperatures": f"{min(fitted):.2f}–{max(fitted):.2f}",
+                # Of the rule for two classes.
+                "sensitivity at the point": _told(figure(arm.compared, "point_sensitivity")) if two else "",
+                "specificity there": _told(figure(arm.compared, "point_specificity")) if two else "",
+            }
+        )
+    return rows
+
+
+def _of_pieces(arm: ArmResult, *keys: str) -> list[float]:
+    """A number of the arm's pieces, those that have none left out."""
+    found: list[Any] = list(arm.pieces.values())
+    for key in keys:
+        found = [one.get(key) for one in found if one is not None]
+    return [float(value) for value in found if value is not None]
+
+
+def _mean_and_sd(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+
+
+def _signed(arm: ArmResult, against: ArmResult, name: str) -> str:
+    if arm.name == against.name:
+        return ""
+    found = difference(arm.compared, against.compared, name)
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})" if math.isfinite(found.value) else ""
+
+
+def _told(found: Figure) -> str:
+    return f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})" if math.isfinite(found.value) else ""
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else ""
+
+
+def _table(rows: Sequence[Row]) -> str:
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_arms(arms: Sequence[ArmResult], reference: str, path: Path) -> None:
+    """A row an arm: every score with its interval and its paired difference, every figure of steadiness."""
+    against = next(one for one in arms if one.name == reference)
+    rows = []
+    for arm in arms:
+        row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.by_seed), "pieces": len(arm.pieces)}
+        for name in (name for name in arm.compared.values if name in COMPARED or name.startswith("ensemble_")):
+            row |= _named(name, figure(arm.compared, name))
+            if name in against.compared.values:
+                row |= _named(f"{name}_difference", difference(arm.compared, against.compared, name))
+        row |= _named("times_steadier", variance_ratio(against, arm))
+        row |= {name: mean_steadiness(arm, name) for name in STEADINESS}
+        rows.append(row)
+    _write(rows, path)
+
+
+def write_pieces(arms: Sequence[ArmResult], path: Path) -> None:
+    """A row a piece: its scores on the test and the validation cases, its steadiness and how long it took."""
+    rows = []
+    for arm in arms:
+        for result in arm.pieces.values():
+            row: dict[str, Any] = {"arm": arm.name, **{key: result[key] for key in ("seed", "fold", "seconds")}}
+            for section, scores in result["scores"].items():
+                row |= {f"{section}_{name}": value for name, value in scores.items()}
+            row |= {f"hit_1_{by}": result["key_slices"].get(by, {}).get("hit_1") for by in RANKINGS}
+            rows.append(row | result["steadiness"] | {"probability_sd": result["probability_sd"]})
+    _write(rows, path)
+
+
+def _named(name: str, found: Figure) -> dict[str, float]:
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.5g}" if math.isfinite(value) else ""
+    return "" if value is None else value

@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from monai.bundle import ConfigParser
+
+from bundle.errors import InputError
+from bundle.study.arms import Arm, Stage, read_study, write_overlay
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = {"quick": {"seeds": [0, 1], "settings": {"max_epochs": 2}}}
+
+
+def study(folder, arms, stages=STAGES):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"stages": stages, "arms": arms}, sort_keys=False))
+    return path
+
+
+def test_an_arm_starts_from_another(tmp_path):
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("{}\n")
+    arms = {
+        "first": {"files": ["a.yaml"], "lr": 1.0, "norm": "batch"},
+        "second": {"from": "first", "norm": "group"},
+        "third": {"from": "second", "files": ["b.yaml"], "lr": 2.0},
+        7: None,
+    }
+    stages, found = read_study(study(tmp_path, arms))
+    a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
+    assert stages == {"quick": Stage([0, 1], {"max_epochs": 2})}
+    assert found == {
+        "first": Arm((a,), {"lr": 1.0, "norm": "batch"}),
+        "second": Arm((a,), {"lr": 1.0, "norm": "group"}),
+        "third": Arm((a, b), {"lr": 2.0, "norm": "group"}),
+        "7": Arm((), {}),
+    }
+    assert list(found) == ["first", "second", "third", "7"]
+
+
+def test_files_do_not_depend_on_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("{}\n")
+    study(tmp_path, {"one": {"files": ["a.yaml"]}})
+    monkeypatch.chdir(tmp_path)
+    assert read_study("study.yaml")[1]["one"].files == (str(tmp_path / "a.yaml"),)
+
+
+@pytest.mark.parametrize(
+    ("arms", "sentence"),
+    [
+        ({"b": {"from": "a"}, "a": {}}, "arm b starts from 'a', and there is no such arm above it"),
+        ({"a": {"files": ["none.yaml"]}}, "arm a names a file that is not there: .*none.yaml"),
+        ({"../a": {}}, "'../a' is no name for an arm"),
+        ({"overlays": {}}, "'overlays' is no name for an arm"),
+        (["a"], r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`"),
+        ({"a": "soft"}, r"is no study \(ValueError\)"),
+    ],
+)
+def test_a_bad_study_is_refused_in_a_sentence(tmp_path, arms, sentence):
+    path = study(tmp_path, arms)
+    with pytest.raises(InputError, match=sentence):
+        read_study(path)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "stages: [", "arms: {a: {}}", "stages: {q: {seeds: 0, settings: {}}}\narms: {}", "7"]
+)
+def test_another_file_is_no_study(tmp_path, text):
+    if text is not None:
+        (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"s\.yaml is no study"):
+        read_study(tmp_path / "s.yaml")
+
+
+def test_the_studys_own_arms_set_known_keys():
+    train = yaml.safe_load((ROOT / "configs" / "train.yaml").read_text())
+    stages, arms = read_study(ROOT / "configs" / "study.yaml")
+    assert {"before", "after", "default"} <= arms.keys()
+    for one in (*stages.values(), *arms.values()):
+        assert {key.split("::")[0] for key in one.settings} <= train.keys()
+    merged = {name: (arm.files, repr(sorted(arm.settings.items()))) for name, arm in arms.items()}
+    assert len(set(merged.values())) == len(arms), "two arms are the same"
+
+
+def test_an_overlay_says_what_was_given_and_is_left_alone_when_nothing_changed(tmp_path):
+    settings = {"lr": 1.0e-4, "image_size": [64, 32], "encoder": {"_target_": "bundle.ConvEncoder"}, "cache_dir": None}
+    path = tmp_path / "overlays" / "a.yaml"
+    write_overlay(settings, path, "the arm a")
+    assert path.read_text().startswith("# the arm a\n")
+    assert ConfigParser.load_config_file(str(path)) == settings
+    before = path.stat().st_mtime_ns
+    write_overlay(settings, path, "the arm a")
+    assert path.stat().st_mtime_ns == before
+    write_overlay({}, path, "the arm a")
+    assert ConfigParser.load_config_file(str(path)) == {}

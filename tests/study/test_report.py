@@ -1,0 +1,213 @@
+"""The report of a study, on pieces made by hand."""
+
+import csv
+import math
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from bundle.study.arm_results import collect, mean_steadiness, variance_ratio
+from bundle.study.figures import draw_validation
+from bundle.study.piece import Piece
+from bundle.study.report import report
+from bundle.study.tables import study_text
+
+from .made_pieces import TRAIN, datalist, finish, record
+
+TRUTH = {"hit": [0, 1, 0], "miss": [1, 0, 0], "unknown": [-1, -1, -1]}
+VALIDATION = [record(f"v{i}", i % 2, [1 - p, p]) for i, p in enumerate((0.2, 0.7, 0.4, 0.8, 0.1, 0.3))]
+
+
+def make_piece(folder, arm, fold, seed=0):
+    path = folder / "datalist.json"
+    settings = {"datalist": str(path if path.exists() else datalist(folder)), "fold": fold, "seed": seed}
+    return Piece(folder / arm / f"seed{seed}_fold{fold}", (TRAIN,), settings)
+
+
+def make_arm(
+    folder, arm, p=(0.9, 0.4, 0.8, 0.2), seeds=(0,), truth="hit", nll=((1.0, 0, 0, 1), (3.0, 0, 0, 3)), **more
+):
+    """An arm of two folds with a negative and a positive case each, whose probabilities of class 1 are p."""
+    pieces = []
+    for seed in seeds:
+        for fold in (0, 1):
+            piece = make_piece(folder, arm, fold, seed)
+            test = [
+                record(f"n{fold}", 0, [1 - p[2 * fold + 1], p[2 * fold + 1]], scores=[0, 2, 1], truth=[0, 0, 0]),
+                record(f"p{fold}", 1, [1 - p[2 * fold], p[2 * fold]], scores=[0, 2, 1], truth=TRUTH[truth]),
+            ]
+            shown = {"chance_hit_1": 1 / 3} if truth != "unknown" else {}
+            finish(piece, test, VALIDATION, auc=0.6 + 0.2 * fold, nll=nll[fold], key_slices=shown, **more)
+            pieces.append(piece)
+    return collect(arm, pieces, resamples=50)
+
+
+def tables(text):
+    """Head of the first column → the rows as dicts, of each Markdown table."""
+    found = {}
+    for block in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[0] == "|"]
+        if lines:
+            found[lines[0][0]] = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    return found
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_say_what_was_computed_by_hand(tmp_path):
+    before = make_arm(tmp_path, "before", nll=((2.0, 0, 0, 2), (6.0, 0, 0, 6)))
+    other = make_arm(tmp_path, "other", p=(0.9, 0.1, 0.4, 0.6), truth="miss")
+    text = study_text([before, other], "before", ["third"])
+    assert "4 test cases of 4 patients" in text
+    # Two of four right; the F1 of the class that is always answered is 2/3, of the other 0.
+    assert "Always the most frequent class: accuracy 0.500, macro F1 0.333." in text
+    assert "Left out, as no seed has all its folds done: third." in text
+    found = tables(text)
+    first, second = found["arm"]
+    assert first["AUC"].startswith("1.000 (")
+    assert second["AUC"].startswith("0.750 (")  # 0.9 over both, 0.4 over 0.1 alone
+    assert second["AUC, difference"].startswith("-0.250 (")
+    assert first["AUC, difference"] == ""
+    assert second["accuracy"].startswith("0.500 (")
+    assert first["AUC of a piece, mean ± sd"] == "0.700 ± 0.141"  # of 0.6 and 0.8
+    assert "AUC of all seeds together" not in first
+
+    hit, miss, chance = found["first slice is a true one"]
+    assert hit["by score"] == hit["by weight"] == "1.000 (1.000–1.000)"
+    assert miss["by score"] == "0.000 (0.000–0.000)"
+    assert miss["by attention"] == "1.000 (1.000–1.000)"  # runs against the scores
+    assert (chance["first slice is a true one"], chance["by score"]) == ("chance", "0.333")
+
+    steady, other_steady = found["last third of the epochs"]
+    # Losses a, 0, 0, a lie a/2 off their level line; divided by n - 2: a² / 2.
+    assert steady["its variance"] == f"{(2**2 / 2 + 6**2 / 2) / 2:.4f}"
+    assert other_steady["times steadier"] == "4.0 (4.0–4.0)"
+    assert steady["times steadier"] == ""
+    assert steady["batch NLL"] == "2.000"
+    assert steady["training − validation"] == "0.100"  # 0.9 − 0.8
+    assert "flips" not in steady  # a column of nothing
+    assert steady["sd of test probabilities"] == "0.275"  # of 0.9 and 0.4, and of 0.8 and 0.2
+
+    calibration, _ = found["calibration"]
+    nll = -np.mean(np.log([0.9, 0.6, 0.8, 0.8]))
+    assert calibration["NLL"].startswith(f"{nll:.3f} (")
+    low, high = map(float, calibration["temperatures"].split("–"))
+    assert low == high > 0
+
+
+def test_the_ratio_is_of_means_and_its_ends_of_pairs(tmp_path):
+    before = make_arm(tmp_path, "before", nll=((2.0, 0, 0, 2), (6.0, 0, 0, 6)))
+    other = make_arm(tmp_path, "other", nll=((2.0, 0, 0, 2), (1.0, 0, 0, 1)))
+    ratio = variance_ratio(before, other)
+    assert ratio == pytest.approx(((2 + 18) / (2 + 0.5), 1, 36))
+    assert variance_ratio(before, before) == (1, 1, 1)
+
+
+def test_pieces_too_short_for_a_figure_are_left_out_of_it(tmp_path):
+    before = make_arm(tmp_path, "before")
+    short = make_arm(tmp_path, "short", nll=((1.0, 2.0), (3.0, 0, 0, 3)))
+    none = make_arm(tmp_path, "none", nll=((1.0, 2.0), (2.0, 1.0)))
+    assert variance_ratio(before, short) == pytest.approx((1, 1, 1))
+    assert mean_steadiness(short, "nll_variance") == pytest.approx(4.5)
+    assert all(map(math.isnan, variance_ratio(before, none)))
+    assert math.isnan(mean_steadiness(none, "nll_variance"))
+    found = tables(study_text([before, none], "before"))["last third of the epochs"]
+    assert found[1]["its variance"] == found[1]["clipped" if "clipped" in found[1] else "its variance"] == ""
+
+
+def test_an_arm_counts_as_far_as_its_seeds_are_whole(tmp_path):
+    make_arm(tmp_path, "arm", seeds=(0, 1))
+    pieces = [make_piece(tmp_path, "arm", fold, seed) for seed in (0, 1, 2) for fold in (0, 1)]
+    (pieces[3].folder / "piece.json").unlink()
+    found = collect("arm", pieces, resamples=10)
+    assert list(found.by_seed) == [0]
+    assert list(found.pieces) == [piece.folder for piece in pieces[:2]]
+    (pieces[0].folder / "piece.json").unlink()
+    assert collect("arm", pieces, resamples=10) is None
+
+
+def test_without_slice_truth_there_is_no_table_of_it(tmp_path):
+    one = make_arm(tmp_path, "one", truth="unknown")
+    assert tables(study_text([one], "one")).keys() == {"arm", "last third of the epochs", "calibration"}
+    report([one], "one", tmp_path / "out")
+    assert rows_of(tmp_path / "out" / "arms.csv")[0]["hit_1_score"] == ""
+
+
+def test_more_seeds_and_refused_cases_are_told(tmp_path):
+    one = make_arm(tmp_path, "one", seeds=(0, 1))
+    first = one.by_seed[0]
+    many = [f"r{i}" for i in range(7)]
+    told = {seed: found._replace(raw=found.raw._replace(refused=many)) for seed, found in one.by_seed.items()}
+    text = study_text([one._replace(by_seed=told)], "one")
+    assert "The reader refused 7 more (r0, r1, r2, r3, r4, …): they are in no figure." in text
+    assert "differences" not in text
+    (row,) = tables(text)["arm"]
+    assert row["seeds"] == "2"
+    assert row["AUC of all seeds together"].startswith("1.000")
+    assert tables(text)["first slice is a true one"][0]["seeds agree (score)"] == "1.000"
+    assert first.raw.refused == []
+
+
+def test_three_classes(tmp_path):
+    datalist(tmp_path, classes=3)
+    pieces = [make_piece(tmp_path, "three", fold) for fold in (0, 1)]
+    for fold, piece in enumerate(pieces):
+        test = [record(f"c{fold}{k}", k, np.roll([0.6, 0.3, 0.1], k)) for k in (0, 1, 2, 0)[: 3 + fold]]
+        if fold:
+            test[3] = record("extra", 0, [0.2, 0.5, 0.3])
+        finish(piece, test, [record(f"v{k}", k % 3, np.roll([0.5, 0.3, 0.2], k % 3)) for k in range(6)])
+    text = study_text([collect("three", pieces, resamples=20)], "three")
+    # 3 of 7 cases are of class 0: F1 2 · 3/7 / (1 + 3/7) = 0.6, a third of it over the classes.
+    assert "Always the most frequent class: accuracy 0.429, macro F1 0.200." in text
+    found = tables(text)
+    assert found["arm"][0]["accuracy"].startswith("0.857 (")
+    assert "sensitivity at the point" not in found["calibration"][0]
+    report([collect("three", pieces, resamples=20)], "three", tmp_path / "out")
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_figures_show_something_for_every_arm(tmp_path, count):
+    arms = [make_arm(tmp_path, f"arm{i}", p=(0.9, 0.4, 0.5 + 0.05 * i, 0.6)) for i in range(count)]
+    report(arms, "not among them", tmp_path / "out")
+    heights = {}
+    for name in ("arms", "traces", "validation"):
+        picture = matplotlib.image.imread(tmp_path / "out" / f"{name}.png")
+        heights[name] = picture.shape[0]
+        assert (picture[..., :3] < 0.9).mean() > 0.01, name  # ink
+        assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50
+    rows = rows_of(tmp_path / "out" / "arms.csv")
+    assert [row["arm"] for row in rows] == [arm.name for arm in arms]
+    assert rows[0]["auc_difference"] == "0"  # against the first, where the reference is not there
+    assert len(rows_of(tmp_path / "out" / "pieces.csv")) == 2 * count
+    assert (tmp_path / "out" / "report.md").read_text() == study_text(arms, "arm0")
+
+
+def test_epochs_that_were_not_validated_leave_no_gap(tmp_path):
+    (arm, *_) = [make_arm(tmp_path, "arm")]
+    full = tmp_path / "full.png"
+    draw_validation([arm], full)
+    for folder in arm.pieces:
+        path = folder / "epochs.csv"
+        path.write_text(path.read_text().replace("2,0.7,0.7", "2,,"))
+        assert "2,," in path.read_text()
+    draw_validation([arm], tmp_path / "half.png")
+    a, b = (matplotlib.image.imread(path)[..., :3] for path in (full, tmp_path / "half.png"))
+    assert a.shape == b.shape
+    np.testing.assert_allclose(a, b, atol=0.01)  # the values lie on a line
+
+
+def test_rows_of_pieces_have_their_scores_and_times(tmp_path):
+    one = make_arm(tmp_path, "one", seconds=None)
+    report([one], "one", tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "pieces.csv")
+    assert [(row["arm"], row["seed"], row["fold"], row["seconds"]) for row in rows] == [
+        ("one", "0", "0", ""),
+        ("one", "0", "1", ""),
+    ]
+    assert [row["test_auc"] for row in rows] == ["0.6", "0.8"]
+    assert float(rows[0]["nll_variance"]) == 0.5
