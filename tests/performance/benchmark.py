@@ -1,4 +1,5 @@
-"""Training, inference and growth of this project, of stock MONAI and of the limit of this machine, as ratios.
+"""Training, inference and growth of this project, of stock MONAI and of the limit of this machine, as ratios; and
+whether this project's fast paths give the same results as its plain one.
 
 Every figure is a ratio within one run: contenders take turns, and the ratio is taken within each turn. What is finished
 is kept in the output folder, so that an interrupted run goes on.
@@ -18,40 +19,56 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bundle.data.datalist import SECTIONS
 from bundle.errors import InputError, command_line
 from bundle.files import write_json
 
+from .agreement_part import Trained, agreement_of_trained
+from .before_part import before_and_after
 from .growth_part import growth
 from .inference_part import agreement, inference_cell, profile_inference, readable, scans_of, sources
 from .made_scans import digest_of_makers
 from .measuring import Store, surroundings
+from .picture import draw
 from .report import (
     Verdict,
-    draw,
     table_of_agreement,
+    table_of_before,
     table_of_cell,
     table_of_growth,
+    table_of_trained,
     verdicts,
     verdicts_of_agreement,
     verdicts_of_growth,
+    verdicts_of_trained,
 )
 from .settings import Run, Settings
 from .training_part import profile_training, training_cell
 
 __all__ = ["main"]
 
-PARTS, NORMS = ("train", "infer", "growth"), ("group", "batch")
+PARTS, NORMS = ("train", "infer", "before", "growth", "agreement"), ("group", "batch")
 
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/benchmark", description=__doc__)
     words: dict[str, Any] = {"type": lambda text: text.split(",")}
-    parser.add_argument("--parts", default=list(PARTS), metavar="A,B", help="train, infer, growth (all)", **words)
+    parser.add_argument(
+        "--parts", default=list(PARTS[:-1]), metavar="A,B",
+        help="train, infer, before, growth (these four) and agreement, which needs --weights and --datalist", **words,
+    )  # fmt: skip
     parser.add_argument("--sizes", default=["128", "224"], metavar="A,B", help="pixels of a slice (128,224)", **words)
     parser.add_argument("--norms", default=list(NORMS), metavar="A,B", help="group, batch (both)", **words)
     parser.add_argument("--repeats", type=int, help="of each measurement (4; 3 for large slices)")
     parser.add_argument("--batch-size", type=int, help="bags of a training step (1)")
     parser.add_argument("--scans", type=Path, help="measure inference on the scans directly in this folder too")
+    parser.add_argument("--weights", type=Path, help="agreement: model.pt of a training run")
+    parser.add_argument("--datalist", type=Path, help="agreement: labelled cases")
+    parser.add_argument("--dataset-dir", type=Path, help="agreement: folder of their images (that of the datalist)")
+    parser.add_argument(
+        "--sections", default=["validation", "test"], metavar="A,B", help="agreement: cases (validation,test)", **words
+    )
+    parser.add_argument("--fold", type=int, default=0, help="agreement: of the datalist (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("output/benchmark"), help="folder (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
@@ -68,23 +85,29 @@ def main(arguments: Sequence[str] | None = None, settings: Settings | None = Non
     def tell(text: str) -> None:
         bar.set_description_str(text)
 
+    trained = _trained(given) if "agreement" in given.parts else None
     work = given.output / f"scans-{digest_of_makers()}"
     work.mkdir(parents=True, exist_ok=True)
     run = Run(settings, given.repeats, work, Store(given.output, around, given.fresh), tell)
-    results = {"surroundings": around, "cells": [], "agreement": [], "growth": None, "verdicts": []}
-    print(_heading(around), flush=True)
+    results: dict[str, Any] = {"surroundings": around, "cells": [], "agreement": [], "before": [], "growth": None}
+    results |= {"trained": None, "verdicts": []}
+    steps = {"train": _train, "infer": _infer, "before": _before, "growth": _grow}
+    print(_heading(around, given.parts), flush=True)
     for part in given.parts:
-        step = {"train": _train, "infer": _infer, "growth": _grow}[part]
-        step(run, given, results)
+        if trained is not None and part == "agreement":
+            _agree(run, trained, results)
+        else:
+            steps[part](run, given, results)
         write_json(given.output / "benchmark.json", results)
-        draw(results, given.output / "benchmark.png")
+        if results["cells"] or results["growth"]:
+            draw(results, given.output / "benchmark.png")
     bar.close()
-    print(f"\n{given.output / 'benchmark.json'} and .png, after {(time.monotonic() - started) / 60:.1f} minutes")
+    print(f"\n{given.output / 'benchmark.json'}, after {(time.monotonic() - started) / 60:.1f} minutes")
     return 0
 
 
 def _check(given: argparse.Namespace) -> None:
-    for name, known in {"parts": PARTS, "norms": NORMS}.items():
+    for name, known in {"parts": PARTS, "norms": NORMS, "sections": SECTIONS}.items():
         unknown = [word for word in getattr(given, name) if word not in known]
         if unknown:
             raise InputError(f"--{name} takes {', '.join(known)}, with commas between them, not {unknown[0]!r}")
@@ -102,16 +125,30 @@ def _check(given: argparse.Namespace) -> None:
         raise InputError("--device cuda: this machine has no CUDA device; use cpu")
 
 
-def _heading(around: dict[str, Any]) -> str:
+def _trained(given: argparse.Namespace) -> Trained:
+    if given.weights is None or given.datalist is None:
+        raise InputError("--parts agreement needs --weights, a model.pt of a training run, and --datalist, its cases")
+    weights, datalist = given.weights.absolute(), given.datalist.absolute()
+    folder = datalist.parent if given.dataset_dir is None else given.dataset_dir.absolute()
+    trained = Trained(weights, datalist, folder, tuple(dict.fromkeys(given.sections)), given.fold)
+    trained.cases()
+    return trained
+
+
+def _heading(around: dict[str, Any], parts: Sequence[str]) -> str:
     machine, settings = around["machine"], around["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in around["software"].items())
-    return (
+    lines = [
         f"{machine['gpu'] if settings['device'] == 'cuda' else machine['processor'] or machine['architecture']}, "
-        f"{machine['threads']} threads; {versions}\n"
-        f"the encoder of configs/train.yaml, {settings['bag_size']} slices a bag of 1 channel, "
-        f"{settings['batch_size']} bags a batch; "
-        f"median [quartiles] of paired repeats; starting a process and building the network are not counted"
-    )
+        f"{machine['threads']} threads; {versions}"
+    ]
+    if set(parts) != {"agreement"}:  # which has a network and bags of its own, and no times
+        lines.append(
+            f"the encoder of configs/train.yaml, {settings['bag_size']} slices a bag of 1 channel, "
+            f"{settings['batch_size']} bags a batch; "
+            f"median [quartiles] of paired repeats; starting a process and building the network are not counted"
+        )
+    return "\n".join(lines)
 
 
 def _train(run: Run, given: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -137,11 +174,25 @@ def _infer(run: Run, given: argparse.Namespace, results: dict[str, Any]) -> None
     _judge(results, "agreement", verdicts_of_agreement(results["agreement"]))
 
 
+def _before(run: Run, given: argparse.Namespace, results: dict[str, Any]) -> None:
+    for size in given.sizes:
+        for cell in before_and_after(run, size, given.norms[0]):
+            results["before"].append(cell)
+            tqdm.write("\n" + table_of_before(cell))
+
+
+def _agree(run: Run, trained: Trained, results: dict[str, Any]) -> None:
+    results["trained"] = agreement_of_trained(run, trained)
+    tqdm.write("\n" + table_of_trained(results["trained"]))
+    _judge(results, "trained weights", verdicts_of_trained(results["trained"]))
+
+
 def _grow(run: Run, given: argparse.Namespace, results: dict[str, Any]) -> None:
-    norm = given.norms[0]
+    norm, settings = given.norms[0], run.settings
+    sides = (settings.grow_side, *settings.memory_sides)
     results["growth"] = growth(run, norm)
-    tqdm.write(f"\ngrowth, {run.settings.grow_side} pixels, {norm} norm\n\n{table_of_growth(results['growth'])}")
-    _judge(results, "growth", verdicts_of_growth(results["growth"], run.settings.memory_slices))
+    tqdm.write(f"\ngrowth, {settings.grow_side} pixels, {norm} norm\n\n{table_of_growth(results['growth'])}")
+    _judge(results, "growth", verdicts_of_growth(results["growth"], settings.memory_slices, sides))
 
 
 def _show(run: Run, results: dict[str, Any], cell: dict[str, Any], profile: Callable[[], str]) -> None:

@@ -19,6 +19,7 @@ from bundle.weights import read_checkpoint
 from .limit import decode, fastest, inference_forms
 from .made_scans import write_datalist, write_nifti, write_series
 from .measuring import digest_of_files, interleaved, seconds
+from .plain import READ_IN_MAIN_THREAD
 from .profiling import profiled
 from .project import Inference, network_of, save_weights
 from .rivals import PlainNetwork, StockInference, stock_encoder, stock_transforms
@@ -163,11 +164,7 @@ def agreement(run: Run, size: int, norm: str, scans: Sequence[Path]) -> dict[str
 def profile_inference(run: Run, size: int, norm: str, scans: Sequence[Path]) -> str:
     """Where the time of this project's inference goes."""
     # The project reads ahead in a thread, where a profile does not look; here the main thread reads.
-    loader = {
-        "_target_": "torch.utils.data.DataLoader", "dataset": "@dataset", "batch_size": 1,
-        "collate_fn": "$bundle.collate_bags",
-    }  # fmt: skip
-    inference = inference_of(run, size, norm, scans, dataloader=loader)
+    inference = inference_of(run, size, norm, scans, dataloader=READ_IN_MAIN_THREAD)
     inference.run()
     return profiled(inference.run)
 

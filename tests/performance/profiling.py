@@ -9,23 +9,29 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
-__all__ = ["profiled", "shares"]
+__all__ = ["REST", "profiled", "shares"]
+
+REST = "the rest"
 
 # Stage → functions (end of the file's path, name) whose time, with what they call, is its time. None calls one of
 # another stage; where one calls another of its own stage, that is not counted twice.
 STAGES: dict[str, tuple[tuple[str, str], ...]] = {
     "reading the scan": (("bundle/data/reader.py", "__call__"),),
-    "preparing": (("bundle/data/volume_transforms.py", "__call__"), ("bundle/data/transforms.py", "__call__")),
+    "preparing": (
+        ("bundle/data/volume_transforms.py", "__call__"), ("bundle/data/transforms.py", "__call__"),
+        ("bundle/data/parts.py", "_in_parts"), ("bundle/data/parts.py", "assembled"), ("bundle/data/parts.py", "parts"),
+        ("tests/performance/plain.py", "_step_by_step"),
+    ),
     "drawing slices": (("bundle/data/sampling.py", "__call__"),),
     "reading the cache": (("bundle/data/cache.py", "open"), ("bundle/data/cache_entry.py", "slices")),
     "augmenting": (("bundle/data/augment.py", "__call__"),),
     "collating": (("bundle/data/collate.py", "collate_bags"),),
-    "encoding": (("bundle/model/network.py", "encode"),),
+    "encoding": (("bundle/model/bag_network.py", "encode"),),
     "head": (("bundle/model/network.py", "head"),),
     "loss": (("bundle/training/losses.py", "forward"),),
     "backward": (("torch/_tensor.py", "backward"),),
     "optimiser": (("torch/optim/adamw.py", "step"), ("torch/optim/adam.py", "step")),
-}
+}  # fmt: skip
 
 
 def shares(action: Callable[[], Any]) -> dict[str, float]:
@@ -39,7 +45,7 @@ def shares(action: Callable[[], Any]) -> dict[str, float]:
             if _is_one_of(function, places):
                 taken[stage] += cumulative - sum(c[3] for caller, c in callers.items() if _is_one_of(caller, places))
     rest = stats.total_tt - sum(taken.values())
-    return {**{stage: value for stage, value in taken.items() if value > 0}, "the rest": max(0.0, rest)}
+    return {**{stage: value for stage, value in taken.items() if value > 0}, REST: max(0.0, rest)}
 
 
 def _is_one_of(function: tuple[str, int, str], places: tuple[tuple[str, str], ...]) -> bool:

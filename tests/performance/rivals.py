@@ -40,7 +40,7 @@ __all__ = [
     "PlainNetwork",
     "StockInference",
     "StockTraining",
-    "monai_attention",
+    "monai_mean",
     "stock_encoder",
     "stock_loader",
     "stock_transforms",
@@ -113,9 +113,9 @@ def torchmil_dsmil(encoder: nn.Module, side: int, bag_size: int) -> tuple[nn.Mod
     return model, loss
 
 
-def monai_attention(encoder: nn.Module, num_features: int) -> tuple[nn.Module, Loss]:
-    """MONAI's MILModel with attention around the encoder, and cross entropy."""
-    model = MILModel(2, "att", pretrained=False, backbone=encoder, backbone_num_features=num_features)
+def monai_mean(encoder: nn.Module, num_features: int) -> tuple[nn.Module, Loss]:
+    """MONAI's MILModel in its mode "mean" (of the logits of all slices) around the encoder, and cross entropy."""
+    model = MILModel(2, "mean", pretrained=False, backbone=encoder, backbone_num_features=num_features)
     return model, lambda bags, labels: functional.cross_entropy(model(bags), labels)
 
 

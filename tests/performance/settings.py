@@ -39,6 +39,7 @@ class Settings:
         grow_cases: cases a cohort.
         grow_workers: data-loading processes.
         grow_side: pixels of a slice of all growth measurements.
+        memory_sides: further pixels of a slice at which this project's memory is compared.
         compiled: try torch.compile for the limit, which takes some time.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     grow_cases: tuple[int, ...] = (4, 8, 16)
     grow_workers: tuple[int, ...] = (0, 1, 2)
     grow_side: int = 128
+    memory_sides: tuple[int, ...] = (224,)
     compiled: bool = True
 
     def bags_at(self, size: int) -> int:

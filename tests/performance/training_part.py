@@ -15,13 +15,14 @@ from .made_scans import write_datalist, write_nifti
 from .measuring import interleaved, seconds
 from .profiling import profiled
 from .project import Training, network_of
-from .rivals import PlainNetwork, StockTraining, monai_attention, stock_encoder, stock_loader, torchmil_dsmil
+from .rivals import PlainNetwork, StockTraining, monai_mean, stock_encoder, stock_loader, torchmil_dsmil
 from .settings import Run
 
-__all__ = ["LIMIT", "OURS", "PLAIN", "STOCK", "TYPED", "profile_training", "training_cell"]
+__all__ = ["LIMIT", "MILMODEL", "OURS", "PLAIN", "STOCK", "TYPED", "profile_training", "training_cell"]
 
 OURS, PLAIN = "this project", "this project, no augmentation"
 STOCK, TYPED = "stock MONAI", "stock MONAI, our type and layout"
+MILMODEL = "MONAI MILModel (mean)"
 LIMIT = "limit: bare encoder"
 Measure = Callable[[], dict[str, float]]
 
@@ -79,7 +80,7 @@ def training_cell(run: Run, size: int, norm: str) -> dict[str, Any]:
         f"{STOCK}, no augmentation": stock(dual_stream),
         TYPED: stock(dual_stream, augment=True, typed=True),
         "torchmil DSMIL": stock(lambda encoder: torchmil_dsmil(encoder, size, settings.bag_size)),
-        "MONAI MILModel (att)": stock(lambda encoder: monai_attention(encoder, settings.num_features)),
+        MILMODEL: stock(lambda encoder: monai_mean(encoder, settings.num_features)),
         LIMIT: limit,
     }
     records = interleaved(contenders, run.repeats_at(size), run.store, name, run.tell)
