@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -91,11 +92,14 @@ def _as_it_is(bag: Any) -> Any:
 
 
 def _hand_over_quietly(_: int) -> None:
-    """In a worker: a bag that is no longer wanted is no fault.
+    """In a worker: an interrupt is the program's to act on, and a bag that is no longer wanted is no fault.
 
-    Where an interrupt stops the program while it fetches a bag, the thread of the worker that hands bags over finds the
-    line cut, and Python would print a stack trace after that of the interrupt. Faults of cases do not come this way.
+    A worker that an interrupt reaches first waits for the program to take what it has read, and the program, which does
+    not, waits for it. And where an interrupt stops the program while it fetches a bag, the thread of the worker that
+    hands bags over finds the line cut, and Python would print a stack trace after that of the interrupt. Faults of
+    cases do not come this way.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group
     plain = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:

@@ -132,7 +132,8 @@ def test_no_process_is_refused(make, processes):
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start without
 sys.path.insert(0, sys.argv[1])
 from tests.study.test_pieces import command
 from bundle.errors import command_line

@@ -193,8 +193,10 @@ def test_an_interrupted_run_ends_at_once_and_leaves_nothing_behind(archive, trai
     with log.open("w") as file:
         command = [sys.executable, "-m", "monai.bundle", *arguments]
         run = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            # A shell's background jobs ignore it, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     stream = output / "cases.jsonl"
     while run.poll() is None and (not stream.exists() or not stream.read_bytes()):
         time.sleep(0.001)

@@ -207,8 +207,10 @@ def test_stopped_and_run_again_equals_the_run_in_one_go(cohort, small, whole, tm
     output = tmp_path / "run"
     words = command(small, cohort, output)
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+        words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+        # A shell's background jobs ignore it, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 300
     while not (output / "seed0_fold0" / awaited).exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
