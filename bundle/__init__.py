@@ -28,12 +28,13 @@ _EXPORTS = {
     ),
     "data.policy": "ReaderPolicy SeriesRules",
     "errors": "InputError Refusal plain_errors",
+    "model.bag_network": "BagOutput Evidence",
     "model.baselines": "GatedAttentionMIL MeanPoolMIL MonaiMIL",
     "model.conv_encoder": "ConvEncoder",
     "model.encoder": "FrozenBatchNorm2d load_encoder_weights with_norm",
     "model.encoding": "SliceEncoding",
     "model.inference": "for_inference",
-    "model.network": "BagOutput DualStreamMIL Evidence",
+    "model.network": "DualStreamMIL",
     "model.selection": (
         "EntmaxSelection GumbelSelection HardSelection MeanSelection SoftSelection StraightThroughSelection "
         "TopKSelection TwoPhaseSelection"

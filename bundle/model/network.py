@@ -6,10 +6,10 @@ No `from __future__ import annotations` here: TorchScript reads the annotations.
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .bag_network import BagNetwork, BagOutput, ClassEvidence, Evidence, class_scores, evidence_of_class
+from .bag_network import BagNetwork, BagOutput, class_scores
 from .selection import masked_softmax
 
-__all__ = ["BagOutput", "ClassEvidence", "DualStreamMIL", "Evidence", "evidence_of_class"]
+__all__ = ["DualStreamMIL"]
 
 
 class DualStreamMIL(BagNetwork):

@@ -17,7 +17,8 @@ from ..data.identity import scan_folders, scan_identity
 from ..errors import InputError
 from ..files import FULL, replacing
 from ..processes import num_processes, rank
-from .records import read_record, record_file_name, remove_foreign_records, write_predictions, write_record
+from .predictions import write_predictions
+from .records import read_record, record_file_name, remove_foreign_records, write_record
 
 try:
     import fcntl

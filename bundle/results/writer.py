@@ -18,16 +18,16 @@ from torch import Tensor
 from ..errors import InputError, Refusal
 from ..evaluation.abstention import confidence, predicted_classes
 from ..evaluation.metrics import evaluate_records, write_metrics
-from ..model.network import evidence_of_class
+from ..model.bag_network import evidence_of_class
 from ..processes import rank
 from .calibration_figures import draw_reliability
 from .figures import draw_key_slices
+from .predictions import write_predictions
 from .records import (
     Abstention,
     case_record,
     refused_record,
     remove_foreign_records,
-    write_predictions,
     write_record,
 )
 from .run_folder import RunFolder

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError
-from ..model.network import BagOutput
+from ..model.bag_network import BagOutput
 
 __all__ = ["BagCrossEntropy", "DualStreamLoss", "MILFocalLoss", "attention_entropy", "selection_confidence"]
 

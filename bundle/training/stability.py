@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.utils import CommonKeys as Keys
 
 from ..errors import InputError
-from ..model.network import evidence_of_class
+from ..model.bag_network import evidence_of_class
 from .distributed import add_up, gathered
 from .engine import BagEvaluator
 from .handlers import GradientClip

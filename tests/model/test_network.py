@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torchmil.models import DSMIL
 
-from bundle.model.network import BagOutput, DualStreamMIL, Evidence, evidence_of_class
+from bundle.model.bag_network import BagOutput, Evidence, evidence_of_class
+from bundle.model.network import DualStreamMIL
 from bundle.model.selection import EntmaxSelection, HardSelection, MeanSelection, SoftSelection, TopKSelection
 
 

@@ -32,7 +32,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmil.models import DSMIL
 
-from bundle.model.network import BagOutput
+from bundle.model.bag_network import BagOutput
 from bundle.training.engine import autocast_dtype
 
 __all__ = [

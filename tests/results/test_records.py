@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bundle.errors import InputError, Refusal
+from bundle.results.predictions import spreadsheet_safe, write_predictions
 from bundle.results.records import (
     Abstention,
     case_record,
@@ -16,8 +17,6 @@ from bundle.results.records import (
     read_records,
     record_file_name,
     refused_record,
-    spreadsheet_safe,
-    write_predictions,
     write_record,
 )
 

@@ -13,7 +13,7 @@ import bundle.results.writer as writer
 from bundle.data.collate import collate_bags
 from bundle.data.transforms import AddNeighboursd
 from bundle.errors import InputError, Refusal
-from bundle.model.network import BagOutput
+from bundle.model.bag_network import BagOutput
 from bundle.results.records import read_records
 from bundle.results.run_folder import RunFolder
 from bundle.results.writer import DrawKeySlices, WriteMetrics, WriteRecords, exit_status

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from bundle.data.collate import collate_bags
-from bundle.model.network import BagOutput, DualStreamMIL, Evidence
+from bundle.model.bag_network import BagOutput, Evidence
+from bundle.model.network import DualStreamMIL
 from bundle.model.selection import SoftSelection, masked_softmax
 from bundle.training.engine import BagEvaluator, BagTrainer
 from bundle.training.losses import BagCrossEntropy, DualStreamLoss

@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from bundle.data.collate import collate_bags
 from bundle.data.dataset import BagSampler
 from bundle.errors import InputError
+from bundle.model.bag_network import Evidence
 from bundle.model.encoder import FrozenBatchNorm2d
 from bundle.model.encoding import SliceEncoding
-from bundle.model.network import DualStreamMIL, Evidence
+from bundle.model.network import DualStreamMIL
 from bundle.model.selection import (
     EntmaxSelection,
     GumbelSelection,

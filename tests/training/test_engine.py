@@ -17,8 +17,8 @@ from bundle.data.collate import collate_bags
 from bundle.data.dataset import BagSampler
 from bundle.errors import InputError, Refusal
 from bundle.model import encoding
+from bundle.model.bag_network import BagOutput, Evidence
 from bundle.model.encoder import FrozenBatchNorm2d
-from bundle.model.network import BagOutput, Evidence
 from bundle.training.engine import BagEvaluator, BagEvents, autocast_dtype, prepare_bags
 from bundle.training.handlers import GradientClip, named_scores
 from bundle.training.losses import BagCrossEntropy, DualStreamLoss, MILFocalLoss
