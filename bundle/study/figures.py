@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from ..results.curves import BLUE, GREEN, ORANGE, PINK, save_figure
 from .arm_results import ArmResult, variance_ratio
@@ -29,7 +30,7 @@ def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[
         png: the picture to write.
     """
     against = next(one for one in arms if one.name == reference)
-    drawn = Figure(figsize=(15, 1.4 + 0.3 * len(arms)), layout="constrained")
+    drawn = Figure(figsize=(15, 2 + 0.35 * len(arms)), layout="constrained")
     panels: Any = drawn.subplots(1, 4, sharey=True)
     places = np.arange(len(arms))
     for panel, name, colour in ((panels[0], "auc", BLUE), (panels[1], "nll", ORANGE)):
@@ -40,6 +41,8 @@ def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[
     panels[1].set_xlabel(f"test NLL less that of {reference}")
     _bars(panels[2], places, [variance_ratio(against, arm) for arm in arms], GREEN)
     panels[2].set(xscale="log", xlabel="times steadier (bar: pieces)")
+    for formatter in (panels[2].xaxis.set_major_formatter, panels[2].xaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[2].axvline(1, color="0.5", linewidth=1)
     for by, colour, shift in (("score", BLUE, -0.15), ("attention", PINK, 0.15)):
         found = [figure(arm.compared, f"hit_1_{by}") for arm in arms]
@@ -47,9 +50,9 @@ def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[
             _bars(panels[3], places + shift, found, colour, label=f"by {by}")
     panels[3].set(xlabel="first slice is a true one", xlim=(-0.03, 1.03))
     if panels[3].lines:
-        panels[3].legend(fontsize=9, loc="lower right")
+        panels[3].legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     panels[0].set_yticks(places, [arm.name for arm in arms])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(arms) - 0.5, -0.5)
     for panel in panels:
         panel.grid(alpha=0.25, axis="x")
     save_figure(drawn, png)
@@ -70,8 +73,8 @@ def draw_traces(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> None:
         per_epoch = (batches["epoch"] == batches["epoch"].max()).sum()
         panel.plot(np.arange(len(batches["nll"])) / per_epoch, batches["nll"], color=BLUE, linewidth=0.5)
         panel.set_title(arm.name, fontsize=10)
-    _finish(drawn, panels, len(arms), "epoch", "NLL of a batch (nats; above 3 not drawn)")
-    panels[0].set_ylim(0, 3)
+    _finish(drawn, panels, len(arms), "epoch", "NLL of a batch (nats)")
+    panels[0].set_ylim(bottom=0)
     save_figure(drawn, png)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..evaluation.abstention import predicted_classes
 from ..evaluation.calibration import calibrated, fit_temperature, operating_point
 from ..evaluation.key_slices import RANKINGS, case_key_slices
 
@@ -165,7 +166,7 @@ def _piece(folder: Path, sensitivity: float) -> OutOfFold:
     return OutOfFold(
         raw,
         after,
-        after.argmax(axis=1) if threshold is None else (after[:, 1] >= threshold).astype(np.int64),
+        after.argmax(axis=1) if threshold is None else predicted_classes(after, threshold),
         {by: np.array([one[by]["index"] for one in evidence], dtype=np.int64) for by in RANKINGS},
         {by: np.array([one[by]["hit_1"] for one in evidence], dtype=np.float64) for by in RANKINGS},
         {by: np.array([one[by]["instance_auc"] for one in evidence], dtype=np.float64) for by in RANKINGS},
