@@ -33,9 +33,9 @@ def test_memory_of_used_slices_goes_and_the_rest_stays(channels: int) -> None:
     before = held()
     for start in range(0, 48, 16):
         give_back(volume, 3, start, start + 16)
-        assert bool((volume[..., start + 16 :] == 1).all())
-    gone = channels * 48 * (SIDE + 2) ** 2 * 4
-    assert before - held() > 0.9 * gone
+    after = held()  # a comparison leaves memory of its own behind, so none comes before
+    assert bool((volume[..., 48:] == 1).all())
+    assert before - after > 0.9 * channels * 48 * (SIDE + 2) ** 2 * 4
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (2, 1, 3), (3, 2, 1)])
