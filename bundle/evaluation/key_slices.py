@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,16 @@ __all__ = [
     "rank_slices",
 ]
 
-RANKINGS = ("score", "weight", "attention")
+RANKINGS = ("score", "weight", "attention", "occlusion")
 CASE_SCORES = ("hit_1", "hit_3", "distance_mm", "instance_auc")
 
 KEY_SLICE_DEFINITIONS: dict[str, str] = {
     "positive_cases": "accepted cases of a known class other than class 0 with at least one slice known to be true; "
     "every figure below but instance_auc_pooled is over these",
-    "score, weight, attention": "what the slices are ranked by; more than two classes: that of the predicted class; "
-    "equal weights or attentions are ranked by score, equal scores by position, first slice first",
+    "score, weight, attention, occlusion": "what slices are ranked by; more than two classes: that of the predicted "
+    "class; equal ones are ranked by score, equal scores by position, first slice first",
+    "occlusion": "how much the logit of the class, less the highest of the others, falls when the slice is left out; "
+    "for the second of two classes; there only where the evaluation was asked for it",
     "hit_1, hit_3": "share of positive cases in which the top slice, one of the top three slices, is a true one",
     "distance_mm": "distance in mm from the top slice to the nearest true slice, 0 for a hit",
     "instance_auc_pooled": "ROC area of slice truth over all slices of all accepted cases, positive or not, pooled",
@@ -40,12 +42,12 @@ KEY_SLICE_DEFINITIONS: dict[str, str] = {
 def rank_slices(slices: Sequence[Mapping[str, Any]], by: str = "weight") -> list[int]:
     """Places of the slices from the most to the least critical.
 
-    Equal weights or attentions are ranked by score (a hard selection leaves all but one at 0), equal scores by place:
-    the slice that comes first in the sequence, so in position, wins.
+    What is equal is ranked by score (a hard selection leaves all but one weight at 0), equal scores by place: the slice
+    that comes first in the sequence, so in position, wins.
 
     Args:
         slices: the ``slices`` of a case record, in order of position.
-        by: ``score``, ``weight`` or ``attention``.
+        by: one of `RANKINGS` that the slices hold.
     """
     return sorted(range(len(slices)), key=lambda i: (-slices[i][by], -slices[i]["score"]))
 
@@ -58,9 +60,9 @@ def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``cases_with_truth``, ``positive_cases``, ``positive_cases_without_true_slice`` (counts), ``chance_hit_1``,
-        ``chance_hit_3``, and for each of `RANKINGS` a dict with ``hit_1``, ``hit_3``, ``distance_mm_mean``,
-        ``distance_mm_median``, ``instance_auc``, ``instance_auc_pooled``; NaN where undefined. Empty if no record
-        holds slice truth.
+        ``chance_hit_3``, and for each of the `RANKINGS` that all records hold a dict with ``hit_1``, ``hit_3``,
+        ``distance_mm_mean``, ``distance_mm_median``, ``instance_auc``, ``instance_auc_pooled``; NaN where undefined.
+        Empty if no record holds slice truth.
     """
     known = _with_truth(records)
     if not known:
@@ -75,7 +77,7 @@ def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "chance_hit_3": _mean([_chance_hit(slices, 3) for _, slices in found]),
     }
     pooled = [s for _, slices in known for s in slices]
-    for by in RANKINGS:
+    for by in _held(slices for _, slices in known):
         table = [_case_scores(slices, by) for _, slices in found]
         distances = [row["distance_mm"] for row in table]
         result[by] = {
@@ -96,8 +98,9 @@ def case_key_slices(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         record: of a case that was not refused.
 
     Returns:
-        Ranking → ``index`` (stored number of the first slice), and ``hit_1``, ``hit_3``, ``distance_mm``,
-        ``instance_auc`` as `KEY_SLICE_DEFINITIONS` has them, NaN for a case of class 0 or without a known true slice.
+        Each of the `RANKINGS` that the record holds → ``index`` (stored number of the first slice), and ``hit_1``,
+        ``hit_3``, ``distance_mm``, ``instance_auc`` as `KEY_SLICE_DEFINITIONS` has them, NaN for a case of class 0 or
+        without a known true slice.
     """
     known = [s for s in record["slices"] if s["label"] in (0, 1)]
     counts = bool(record["label"]) and any(s["label"] == 1 for s in known)
@@ -107,7 +110,7 @@ def case_key_slices(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             "index": record["slices"][rank_slices(record["slices"], by)[0]]["index"],
             **(_case_scores(known, by) if counts else nothing),
         }
-        for by in RANKINGS
+        for by in _held([record["slices"]])
     }
 
 
@@ -123,14 +126,14 @@ def key_slice_intervals(
         seed: of the draw.
 
     Returns:
-        For each of `RANKINGS`: ``hit_1``, ``hit_3``, ``distance_mm_mean``, ``instance_auc`` → [low, high]. Empty if no
-        record holds slice truth.
+        For each of the `RANKINGS` that all records hold: ``hit_1``, ``hit_3``, ``distance_mm_mean``, ``instance_auc``
+        → [low, high]. Empty if no record holds slice truth.
     """
     patient_of = {record["case"]: patient for record, patient in zip(records, patients, strict=True)}
     known = _with_truth(records)
     found = [(r, s) for r, s in known if r["label"] and any(one["label"] == 1 for one in s)]
     result: dict[str, dict[str, list[float]]] = {}
-    for by in RANKINGS if known else ():
+    for by in _held(slices for _, slices in known):
         table = [(_case_scores(slices, by), patient_of[record["case"]]) for record, slices in found]
         result[by] = {}
         for name in CASE_SCORES:
@@ -144,6 +147,12 @@ def _with_truth(records: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str,
     """Accepted records that hold slice truth, each with its slices of known truth."""
     pairs = [(r, [s for s in r["slices"] if s["label"] in (0, 1)]) for r in records if r["status"] == "accepted"]
     return [(record, slices) for record, slices in pairs if slices]
+
+
+def _held(cases: Iterable[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The rankings for which every slice of every case has a number; none without a case."""
+    keys = [set(one) for slices in cases for one in slices]
+    return [by for by in RANKINGS if keys and all(by in one for one in keys)]
 
 
 def _case_scores(slices: Sequence[Mapping[str, Any]], by: str) -> dict[str, float]:

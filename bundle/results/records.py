@@ -63,6 +63,7 @@ def case_record(
     weights: ArrayLike,
     attention: ArrayLike,
     scores: ArrayLike,
+    occlusion: ArrayLike | None = None,
     slice_label: ArrayLike | None = None,
     sop_instance_uids: Sequence[str | None] | None = None,
     frame_numbers: Sequence[int] | None = None,
@@ -84,6 +85,8 @@ def case_record(
         weights: (N,), (N, 1) or (N, K) selection weights; of K columns that of the predicted class is kept.
         attention: likewise, attention.
         scores: likewise, scores (logits).
+        occlusion: (N,) how much each slice counts, by leaving it out (`leave_one_out`); None: not looked at, and no
+            such key in the record's slices.
         slice_label: (N,) 1, 0 or -1 (unknown); None: unknown.
         sop_instance_uids: N DICOM SOP Instance UIDs; None: not from DICOM.
         frame_numbers: N numbers of the frame in its multi-frame DICOM object, from 1; None: single-frame, or no DICOM.
@@ -119,6 +122,7 @@ def case_record(
         "weight": _column("weights", weights, case, n, chosen, len(p)),
         "attention": _column("attention", attention, case, n, chosen, len(p)),
         "score": _column("scores", scores, case, n, chosen, len(p)),
+        **({} if occlusion is None else {"occlusion": _column("occlusion", occlusion, case, n, 0)}),
         "label": _column("slice_label", np.full(n, -1) if slice_label is None else slice_label, case, n, 0),
     }
     if not np.isin(columns["label"], (-1, 0, 1)).all():
@@ -131,7 +135,7 @@ def case_record(
     slices: list[dict[str, Any]] = [
         {
             "index": int(columns["index"][i]),
-            **{key: float(columns[key][i]) for key in ("position_mm", "weight", "attention", "score")},
+            **{key: float(columns[key][i]) for key in columns if key not in ("index", "label")},
             "sop_instance_uid": None if uids[i] is None else str(uids[i]),
             "frame_number": None if frames[i] is None else int(frames[i]),
             "label": int(columns["label"][i]),

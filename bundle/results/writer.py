@@ -118,10 +118,12 @@ class WriteRecords:
         for i, case in enumerate(batch["case"]):
             real = output["mask"][i].cpu().numpy()
             scores, weights, attention = (values[i][real] for values in evidence)
+            occlusion = output["occlusion"][i].cpu().numpy()[real] if "occlusion" in output else None
             known = {"label": int(batch["label"][i]), "patient": batch["patient"][i]}
             known["label"] = None if known["label"] < 0 else known["label"]
             probability = probabilities[i]
-            if not all(np.isfinite(values).all() for values in (probability, scores, weights, attention)):
+            numbers = [probability, scores, weights, attention, *([] if occlusion is None else [occlusion])]
+            if not all(np.isfinite(values).all() for values in numbers):
                 sentence = "the network gave no finite number for this case: check the weights and the intensities"
                 records.append(refused_record(case, Refusal("non_finite_output", sentence), **known))
                 continue
@@ -135,6 +137,7 @@ class WriteRecords:
                     weights=weights,
                     attention=attention,
                     scores=scores,
+                    occlusion=occlusion,
                     slice_label=batch["slice_label"][i][real].numpy(),
                     sop_instance_uids=batch["slice_uid"][i],
                     frame_numbers=batch["slice_frame"][i],

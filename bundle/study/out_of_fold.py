@@ -53,7 +53,7 @@ class OutOfFold(NamedTuple):
         raw: the probabilities as the networks gave them.
         calibrated: the same after the temperature of each piece's inner validation.
         at_point: (M,) classes by each piece's operating point (two classes; else the most probable).
-        top_slice: ranking → (M,) stored number of the first slice.
+        top_slice: ranking → (M,) stored number of the first slice, NaN where the case has no such ranking.
         hit: ranking → (M,) 1 where that slice is a true one, 0 where not, NaN for cases without a known true slice.
         instance_auc: ranking → (M,) ROC area of slice truth within the case, NaN likewise.
         temperatures: of the pieces.
@@ -62,7 +62,7 @@ class OutOfFold(NamedTuple):
     raw: Predictions
     calibrated: Floats
     at_point: NDArray[np.int64]
-    top_slice: dict[str, NDArray[np.int64]]
+    top_slice: dict[str, Floats]
     hit: dict[str, Floats]
     instance_auc: dict[str, Floats]
     temperatures: list[float]
@@ -167,8 +167,10 @@ def _piece(folder: Path, sensitivity: float) -> OutOfFold:
         raw,
         after,
         after.argmax(axis=1) if threshold is None else predicted_classes(after, threshold),
-        {by: np.array([one[by]["index"] for one in evidence], dtype=np.int64) for by in RANKINGS},
-        {by: np.array([one[by]["hit_1"] for one in evidence], dtype=np.float64) for by in RANKINGS},
-        {by: np.array([one[by]["instance_auc"] for one in evidence], dtype=np.float64) for by in RANKINGS},
+        *({by: _of_cases(evidence, by, name) for by in RANKINGS} for name in ("index", "hit_1", "instance_auc")),
         [temperature],
     )
+
+
+def _of_cases(evidence: Sequence[dict[str, dict[str, float]]], by: str, name: str) -> Floats:
+    return np.array([one[by][name] if by in one else np.nan for one in evidence], dtype=np.float64)

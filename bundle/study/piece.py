@@ -167,7 +167,8 @@ def do_piece(piece: Piece) -> None:
         found = folder / section / "metrics.json"
         if not found.exists() or found.stat().st_mtime < (folder / "model.pt").stat().st_mtime:
             # Intervals of one fold say little; the study makes those that it reports.
-            settings = {"figure_cases": 0, "resamples": 100, **piece.settings, "section": section}
+            asked = {"figure_cases": 0, "resamples": 100, "occlusion": section == "test"}
+            settings = {**asked, **piece.settings, "section": section}
             run(config_file=[*files, str(evaluate)], **settings, output_dir=str(folder))
     # Of the last part alone it would mislead a projection.
     seconds = None if goes_on else round(time.monotonic() - begun, 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..data.dataset import BagSampler
 from ..errors import InputError
+from ..model.occlusion import leave_one_out
 from ..model.sync_norm import count_in_norms
 from .distributed import BagBatches, add_up, gathered, group_size, seed_noise
 
@@ -202,11 +203,17 @@ class BagEvaluator(_Forward, SupervisedEvaluator):
         *args, **kwargs: of SupervisedEvaluator.
         amp: mixed precision, on CPU too.
         precision: see `autocast_dtype`.
+        occlusion: whether the output gets `occlusion` (B, N) too: how much each slice counts, by leaving it out, for
+            the second of two classes, of more for the predicted one. Slices are then encoded twice. A network whose
+            features are not of single slices has none.
     """
 
-    def __init__(self, *args: Any, amp: bool = False, precision: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, amp: bool = False, precision: str = "auto", occlusion: bool = False, **kwargs: Any
+    ) -> None:
         kwargs.setdefault("prepare_batch", prepare_bags)
         kwargs.setdefault("decollate", False)
+        self.occlusion = occlusion
         # MONAI registers handlers in its constructor, and they may look at the precision.
         super().__init__(*args, amp=False, **kwargs)  # type: ignore[misc]
         self._init_precision(amp, precision)
@@ -217,5 +224,16 @@ class BagEvaluator(_Forward, SupervisedEvaluator):
             return engine.state.output
         with engine.mode(engine.network), torch.no_grad():
             engine.state.output = self._forward(engine, batchdata)
+            if self.occlusion and engine.network.network.slicewise:
+                engine.state.output["occlusion"] = self._occlusion(engine, batchdata)
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
+
+    def _occlusion(self, engine: Any, batch: dict[str, Any]) -> Tensor:
+        image, label, (mask,), _ = engine.prepare_batch(
+            batch, engine.state.device, engine.non_blocking, **engine.to_kwargs
+        )
+        two = engine.state.output[Keys.PRED].shape[-1] == 2
+        with self._autocast():
+            # As the scores of two classes speak for the second, whatever is predicted.
+            return leave_one_out(engine.network.network, image, mask, torch.ones_like(label) if two else None)

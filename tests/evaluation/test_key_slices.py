@@ -25,6 +25,7 @@ def record(
     *,
     weight: list[float] | None = None,
     attention: list[float] | None = None,
+    occlusion: list[float] | None = None,
     spacing: float = 5.0,
     status: str = "accepted",
 ) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def record(
             "weight": (weight or score)[i],
             "attention": (attention or score)[i],
             "score": score[i],
+            **({} if occlusion is None else {"occlusion": occlusion[i]}),
             "sop_instance_uid": None,
             "label": truth[i],
         }
@@ -137,10 +139,25 @@ def test_cases_one_by_one_average_to_the_scores_of_all() -> None:
     unknown = record("unknown", 1, [-1, -1], [0.0, 1.0])
     cases = [case_key_slices(one) for one in (HIT, NEAR, MISS, NEGATIVE, unknown)]
     together = key_slice_scores([HIT, NEAR, MISS, NEGATIVE, unknown])
-    for by in RANKINGS:
+    for by in RANKINGS[:3]:
         assert [one[by]["index"] for one in cases] == [1, 2, 1, 2, 1]
         for name, of_all in (("hit_1", "hit_1"), ("hit_3", "hit_3"), ("distance_mm", "distance_mm_mean")):
             values = [one[by][name] for one in cases]
             assert np.mean(values[:3]) == pytest.approx(together[by][of_all])
             assert all(map(math.isnan, values[3:]))
         assert np.mean([one[by]["instance_auc"] for one in cases[:3]]) == pytest.approx(together[by]["instance_auc"])
+
+
+def test_occlusion_counts_where_every_record_holds_it() -> None:
+    truth, falls = [0, 1, 0], [0.1, -0.5, 0.3]
+    held = record("held", 1, truth, [0.0, 1.0, 0.5], occlusion=falls)
+    found = key_slice_scores([held])
+    assert (found["score"]["hit_1"], found["occlusion"]["hit_1"]) == (1, 0)
+    assert found["occlusion"]["distance_mm_mean"] == 5
+    assert found["occlusion"]["instance_auc"] == roc_auc_score(truth, falls)
+    assert case_key_slices(held)["occlusion"]["index"] == 2
+    assert set(key_slice_intervals([held], ["a"], resamples=10)) == set(RANKINGS)
+    for cases in ([held, HIT], [HIT]):
+        assert "occlusion" not in key_slice_scores(cases)
+        assert "occlusion" not in key_slice_intervals(cases, ["a"] * len(cases), resamples=10)
+    assert "occlusion" not in case_key_slices(HIT)

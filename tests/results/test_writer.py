@@ -121,6 +121,18 @@ def test_records_equal_the_evidence(tmp_path):
         assert sum(one["weight"] for one in record["slices"]) == pytest.approx(1)
 
 
+def test_occlusion_is_in_the_records_where_the_output_has_it(tmp_path):
+    bags = [bag("long", 6), bag("short", 3)]
+    batch = collate_bags(bags)
+    falls = torch.randn(batch["mask"].shape)
+    run(tmp_path, [bags], [output_of(batch) | {"occlusion": falls}])
+    for i, given in enumerate(bags):
+        by_index = {one["index"]: one["occlusion"] for one in record_in(tmp_path, given["case"])["slices"]}
+        assert by_index == {int(given["slice_index"][k]): float(falls[i, k]) for k in range(len(given["image"]))}
+    run(tmp_path, [bags], [output_of(batch)])
+    assert "occlusion" not in record_in(tmp_path, "long")["slices"][0]
+
+
 def test_with_several_classes_the_evidence_is_that_of_the_predicted_one(tmp_path):
     bags = [bag("a", 5, label=2), bag("b", 4, label=0)]
     batch = collate_bags(bags)

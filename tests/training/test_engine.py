@@ -19,6 +19,7 @@ from bundle.errors import InputError, Refusal
 from bundle.model import encoding
 from bundle.model.bag_network import BagOutput, Evidence
 from bundle.model.encoder import FrozenBatchNorm2d
+from bundle.model.occlusion import leave_one_out
 from bundle.training.engine import BagEvaluator, BagEvents, autocast_dtype, prepare_bags
 from bundle.training.handlers import GradientClip, named_scores
 from bundle.training.losses import BagCrossEntropy, DualStreamLoss, MILFocalLoss
@@ -319,6 +320,29 @@ def test_evaluation_equals_the_network_and_changes_nothing():
         torch.testing.assert_close(output["pred"], network(bag["image"][None]))
         assert output["evidence"].scores.shape == (1, len(bag["image"]), 1)
         assert not output["pred"].requires_grad
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_occlusion_is_of_the_second_of_two_classes_and_else_of_the_predicted(num_classes):
+    network = make_network(num_classes=num_classes)
+    bags = [make_bag(i, num_slices=3 + i) for i in range(4)]
+    evaluator, seen = make_evaluator(network, bags, occlusion=True), []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.output))
+    evaluator.run()
+    network.eval()
+    for bag, output in zip(bags, seen, strict=True):
+        classes = torch.tensor([1]) if num_classes == 2 else output["pred"].argmax(-1)
+        torch.testing.assert_close(output["occlusion"], leave_one_out(network, bag["image"][None], None, classes))
+        assert output["occlusion"].abs().max() > 0
+
+
+def test_a_network_without_slices_of_its_own_has_no_occlusion():
+    network = make_network()
+    network.slicewise = False
+    evaluator, seen = make_evaluator(network, [make_bag(0)], occlusion=True), []
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.output))
+    evaluator.run()
+    assert "occlusion" not in seen[0]
 
 
 def test_a_refused_case_passes_through_the_evaluator():
