@@ -167,10 +167,12 @@ def _piece(folder: Path, sensitivity: float) -> OutOfFold:
         raw,
         after,
         after.argmax(axis=1) if threshold is None else predicted_classes(after, threshold),
-        *({by: _of_cases(evidence, by, name) for by in RANKINGS} for name in ("index", "hit_1", "instance_auc")),
+        _of_cases(evidence, "index"),
+        _of_cases(evidence, "hit_1"),
+        _of_cases(evidence, "instance_auc"),
         [temperature],
     )
 
 
-def _of_cases(evidence: Sequence[dict[str, dict[str, float]]], by: str, name: str) -> Floats:
-    return np.array([one[by][name] if by in one else np.nan for one in evidence], dtype=np.float64)
+def _of_cases(evidence: Sequence[dict[str, dict[str, float]]], name: str) -> dict[str, Floats]:
+    return {by: np.array([one[by][name] if by in one else np.nan for one in evidence]) for by in RANKINGS}
