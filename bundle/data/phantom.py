@@ -81,7 +81,7 @@ def case_label(seed: int, number: int, stream: int = COHORT) -> int:
     return int(case_rng(seed, stream, block, purpose=1).integers(2)) ^ (0, 1, 1, 0)[place]
 
 
-def make_case(seed: int, number: int, modality: str = "mr", stream: int = COHORT) -> PhantomCase:
+def make_case(seed: int, number: int, modality: str = "mr", stream: int = COHORT, contrast: float = 1.0) -> PhantomCase:
     """Draw one case.
 
     Args:
@@ -89,6 +89,7 @@ def make_case(seed: int, number: int, modality: str = "mr", stream: int = COHORT
         number: of the case, from 1.
         modality: "mr" (Rician noise, bias field) or "ct" (Gaussian noise, HU).
         stream: `COHORT` or `UNSEEN`.
+        contrast: of the stripes, as a share of the usual one, in (0, 1]; it moves nothing else.
 
     Returns:
         The case; the same arguments give the same voxels.
@@ -100,6 +101,8 @@ def make_case(seed: int, number: int, modality: str = "mr", stream: int = COHORT
         raise InputError(f"phantom: the seed must be 0 or more and cases count from 1, not {seed} and {number}")
     if modality not in TISSUES:
         raise InputError(f"phantom: the modality must be one of {', '.join(TISSUES)}, not {modality!r}")
+    if not 0 < contrast <= 1:
+        raise InputError(f"phantom: the contrast must be above 0 and at most 1, not {contrast}")
     rng = case_rng(seed, stream, number)
     tissue = TISSUES[modality]
     grid = _draw_grid(rng)
@@ -114,7 +117,7 @@ def make_case(seed: int, number: int, modality: str = "mr", stream: int = COHORT
     add_clutter(rng, volume, tissue, grid)
     slice_label = np.zeros(grid.shape[2], dtype=np.int64)
     for blob in blobs:
-        _paint_blob(rng, volume, tissue, blob, grid)
+        _paint_blob(rng, volume, replace(tissue, contrast=contrast * tissue.contrast), blob, grid)
         if blob.lesion:
             slice_label[blob.first : blob.last + 1] = 1
     array = scan(rng, volume, tissue, grid, modality)

@@ -113,6 +113,7 @@ def make_cohort(
     seed: int = 0,
     unseen: int = 8,
     modality: str = "mr",
+    contrast: float = 1.0,
     progress: bool = True,
 ) -> bool:
     """Make the cohort, whole or not at all.
@@ -126,6 +127,7 @@ def make_cohort(
         seed: 0 or more.
         unseen: number of unseen studies, or 0.
         modality: "mr" or "ct".
+        contrast: of the stripes that tell lesion from distractor, as a share of the usual one; lower is harder.
         progress: show a bar.
 
     Returns:
@@ -141,7 +143,11 @@ def make_cohort(
         raise InputError(f"--unseen and --seed must be 0 or more, not {unseen} and {seed}")
     if modality not in TISSUES:
         raise InputError(f"--modality must be one of {', '.join(TISSUES)}, not {modality!r}")
+    if not 0 < contrast <= 1:
+        raise InputError(f"--contrast must be above 0 and at most 1, not {contrast}")
     arguments = {"cases": cases, "seed": seed, "unseen": unseen, "modality": modality}
+    if contrast != 1:
+        arguments["contrast"] = contrast
     if _is_there(out, arguments):
         return False
     try:
@@ -149,8 +155,8 @@ def make_cohort(
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
             made = Path(temporary) / "cohort"
             with tqdm(total=cases + unseen, desc="making cases", unit="case", disable=not progress) as bar:
-                _write_cases(made, cases, seed, modality, bar)
-                _write_unseen(made, unseen, seed, modality, bar)
+                _write_cases(made, cases, seed, modality, contrast, bar)
+                _write_unseen(made, unseen, seed, modality, contrast, bar)
             write_json(
                 made / SUMMARY,
                 {"generator_version": GENERATOR_VERSION, "arguments": arguments, "class_names": CLASS_NAMES},
@@ -184,11 +190,11 @@ def _is_there(out: Path, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def _write_cases(out: Path, count: int, seed: int, modality: str, bar: tqdm) -> None:
+def _write_cases(out: Path, count: int, seed: int, modality: str, contrast: float, bar: tqdm) -> None:
     volumes: list[tuple[object, ...]] = []
     slices: list[tuple[object, ...]] = []
     for number in range(1, count + 1):
-        case = make_case(seed, number, modality)
+        case = make_case(seed, number, modality, contrast=contrast)
         name = f"case_{number:04d}"
         if number % 2:
             image, form = f"images/{name}", "dicom"
@@ -203,11 +209,11 @@ def _write_cases(out: Path, count: int, seed: int, modality: str, bar: tqdm) -> 
     _write_table(out / "slices.csv", ("case", "k", "lesion"), slices)
 
 
-def _write_unseen(out: Path, count: int, seed: int, modality: str, bar: tqdm) -> None:
+def _write_unseen(out: Path, count: int, seed: int, modality: str, contrast: float, bar: tqdm) -> None:
     (out / "unseen").mkdir()
     rows = []
     for number in range(1, count + 1):
-        case = make_case(seed, number, modality, UNSEEN)
+        case = make_case(seed, number, modality, UNSEEN, contrast)
         name = f"study_{number:03d}"
         truth = write_dicom(case, out / "unseen" / name)
         rows.append((name, case.label, len(truth), " ".join(str(k) for k in np.flatnonzero(truth))))
@@ -307,8 +313,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
     parser.add_argument("--unseen", type=int, default=8, help="further DICOM studies (default: %(default)s)")
     parser.add_argument("--modality", choices=sorted(TISSUES), default="mr", help="(default: %(default)s)")
+    parser.add_argument(
+        "--contrast",
+        type=float,
+        default=1.0,
+        help="of what tells lesion from distractor, as a share of the usual; lower is harder (default: %(default)s)",
+    )
     given = parser.parse_args()
-    made = make_cohort(given.out, given.cases, given.seed, given.unseen, given.modality)
+    made = make_cohort(given.out, given.cases, given.seed, given.unseen, given.modality, given.contrast)
     print(f"made: {given.out}" if made else f"done before: {given.out}")
     return 0
 

@@ -83,6 +83,25 @@ def test_a_case_depends_on_its_arguments_alone():
         assert other.array.shape != alone.array.shape or (other.array != alone.array).mean() > 0.5
 
 
+def test_contrast_weakens_the_stripes_and_moves_nothing_else():
+    usual, weak = make_case(3, 2), make_case(3, 2, contrast=0.25)
+    np.testing.assert_array_equal(usual.affine, weak.affine)
+    np.testing.assert_array_equal(usual.slice_label, weak.slice_label)
+    assert usual.blobs == weak.blobs
+    blob = usual.blobs[0]
+    k = (blob.first + blob.last) // 2
+    window = tuple(slice(round(middle) - 4, round(middle) + 5) for middle in blob.centre)
+    spread = [float(case.array[(*window, k)].std()) for case in (usual, weak)]
+    assert spread[1] < 0.5 * spread[0]  # noise and bias field stay
+    elsewhere = np.setdiff1d(
+        np.arange(usual.array.shape[2]), [k for b in usual.blobs for k in range(b.first, b.last + 1)]
+    )
+    np.testing.assert_allclose(usual.array[:, :, elsewhere], weak.array[:, :, elsewhere], atol=2)
+    for contrast in (0.0, 1.5, float("nan")):
+        with pytest.raises(InputError, match="contrast must be above 0"):
+            make_case(3, 2, contrast=contrast)
+
+
 def test_labels_are_balanced_in_total_and_in_each_format():
     for seed in range(20):
         labels = [case_label(seed, number) for number in range(1, 41)]
@@ -320,7 +339,7 @@ def test_the_same_arguments_give_the_same_bytes(cohort, tmp_path):
 def test_a_finished_cohort_is_left_alone(cohort, monkeypatch):
     monkeypatch.setattr(phantom_files, "make_case", None)
     assert not make_cohort(cohort, cases=4, seed=5, unseen=2, progress=False)
-    for other in ({"cases": 6}, {"seed": 6}, {"unseen": 3}, {"modality": "ct"}):
+    for other in ({"cases": 6}, {"seed": 6}, {"unseen": 3}, {"modality": "ct"}, {"contrast": 0.5}):
         with pytest.raises(InputError, match="other arguments"):
             make_cohort(cohort, **{"cases": 4, "seed": 5, "unseen": 2, **other}, progress=False)
     monkeypatch.setattr(phantom_files, "GENERATOR_VERSION", 99)
@@ -352,7 +371,9 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"cases": 3}, {"cases": 0}, {"unseen": -1}, {"seed": -1}, {"modality": "pet"}], ids=str
+    "arguments",
+    [{"cases": 3}, {"cases": 0}, {"unseen": -1}, {"seed": -1}, {"modality": "pet"}, {"contrast": 0.0}],
+    ids=str,
 )
 def test_wrong_arguments_are_refused(tmp_path, arguments):
     with pytest.raises(InputError):
