@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .group_norm import GroupNorm
 
 __all__ = ["FrozenBatchNorm2d", "WeightReport", "laid_out", "load_encoder_weights", "with_norm"]
 
@@ -76,7 +77,7 @@ def _replacement(old: nn.BatchNorm2d | nn.BatchNorm3d, norm: str, num_groups: in
     elif num_groups < 1 or channels % num_groups:
         raise InputError(f"group norm with {num_groups} groups needs channel counts that they divide, not {channels}")
     else:
-        new = nn.GroupNorm(num_groups, channels, eps=old.eps)
+        new = GroupNorm(num_groups, channels, eps=old.eps)
     # An encoder that came with trained weights keeps what the new norm has a place for.
     new.load_state_dict({**new.state_dict(), **{n: t for n, t in old.state_dict().items() if n in new.state_dict()}})
     return new if old.weight is None else new.to(old.weight)

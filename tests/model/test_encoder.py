@@ -10,6 +10,7 @@ from torch import nn
 
 from bundle.errors import InputError
 from bundle.model.encoder import FrozenBatchNorm2d, WeightReport, laid_out, load_encoder_weights, with_norm
+from bundle.model.group_norm import GroupNorm
 from bundle.model.network import DualStreamMIL
 from bundle.model.selection import SoftSelection
 from bundle.training.run import start_network
@@ -18,7 +19,7 @@ from tests.model.encoders import Torchvision, resnet
 NORMS = {
     "batch": nn.BatchNorm2d,
     "frozen_batch": FrozenBatchNorm2d,
-    "group": nn.GroupNorm,
+    "group": GroupNorm,
     "instance": nn.InstanceNorm2d,
 }
 
@@ -96,7 +97,7 @@ def test_group_norm_is_that_of_torch():
     torch.testing.assert_close(encoder(image), nn.functional.group_norm(encoder[0](image), 2))
 
 
-@pytest.mark.parametrize(("norm", "kind"), [("group", nn.GroupNorm), ("instance", nn.InstanceNorm3d)])
+@pytest.mark.parametrize(("norm", "kind"), [("group", GroupNorm), ("instance", nn.InstanceNorm3d)])
 def test_norms_of_volumes_are_replaced_too(norm, kind):
     encoder = nn.Sequential(nn.Conv3d(1, 8, 3), nn.BatchNorm3d(8)).train()
     nn.init.uniform_(encoder[1].weight)
