@@ -31,7 +31,7 @@ def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch
         encoding: how slices go through the encoder.
         precision: type of the weights of the encoder's convolutions and linear layers, that of the autocast in which
             it will run (see `autocast_dtype`), which then need not convert them for every chunk. None keeps float32.
-            Norms and the head stay float32.
+            Norms, the head and, on a CPU, 3D convolutions stay float32.
 
     Returns:
         The copy, in evaluation mode.
@@ -39,7 +39,9 @@ def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch
     network = copy.deepcopy(network).requires_grad_(False).eval()
     folded = fold_batch_norms(network.encoder)
     for module in network.encoder.modules() if precision is not None else ():
-        if isinstance(module, (_ConvNd, nn.Linear)):
+        # 3D convolutions in 16 bit are not to be trusted on a CPU, see VolumeNet.
+        exact = isinstance(module, nn.Conv3d) and module.weight.device.type == "cpu"
+        if isinstance(module, (_ConvNd, nn.Linear)) and not exact:
             module.to(precision)
     laid_out(network.encoder)
     network.encoding = encoding
@@ -50,7 +52,7 @@ def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # A norm of our own class is one step as well, not the formula inside it.
-        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*NORMS, nn.GroupNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batch_norms(encoder: nn.Module) -> int:

@@ -62,11 +62,10 @@ class VolumeNet(BagNetwork):
 
     def encode_slices(self, slices: Tensor) -> Tensor:
         """Features (M, F) in float32 of stacks (M, C, N, H, W)."""
-        # On a CPU the bfloat16 gradient of a 3D convolution's weights is not to be trusted: at output depths of 1 and 2
-        # PyTorch 2.13 was seen to give values without any relation to the true ones, up to infinity.
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
-        exact = learns and slices.device.type == "cpu"
-        with torch.autocast("cpu", enabled=False) if exact else contextlib.nullcontext():
+        # On a CPU 3D convolutions in bfloat16 are not to be trusted. On shallow stacks PyTorch 2.13 was seen to give
+        # outputs and gradients of the weights without any relation to the true ones, NaN among them, and to crash.
+        on_cpu = slices.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
             return super().encode_slices(slices.contiguous())
 
     def head(self, features: Tensor, mask: Tensor) -> BagOutput:

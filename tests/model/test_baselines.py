@@ -169,8 +169,10 @@ def test_made_ready_for_inference_it_gives_the_same(kind, norm):
     for name, values in expected.items():
         torch.testing.assert_close(given[name], values, rtol=1e-5, atol=1e-5, msg=name)
     low = for_inference(net, SliceEncoding(), torch.bfloat16)
-    heavy = [m for m in low.encoder.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
-    assert {m.weight.dtype for m in heavy} == {torch.bfloat16}
+    flat, deep = ([m for m in low.encoder.modules() if isinstance(m, one)] for one in (nn.Conv2d, nn.Conv3d))
+    assert {m.weight.dtype for m in flat} <= {torch.bfloat16}
+    assert {m.weight.dtype for m in deep} <= {torch.float32}  # in bfloat16 stacks of one slice came out as NaN
+    assert flat or deep
     with torch.autocast("cpu", torch.bfloat16):
         assert (low(image, mask).softmax(-1) - expected["logits"].softmax(-1)).abs().max() < 0.01
 
