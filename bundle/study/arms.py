@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..data.datalist import LOCKED
 from ..errors import InputError
 from ..files import replacing
 
@@ -17,6 +18,7 @@ __all__ = ["OVERLAYS", "Arm", "Stage", "read_study", "write_overlay"]
 
 NAME = re.compile(r"\w[\w.-]*")  # becomes a folder's
 OVERLAYS = "overlays"  # the folder beside those of the arms
+FOLDERS = (OVERLAYS, LOCKED)  # so that no arm may have one of these names
 
 
 class Arm(NamedTuple):
@@ -51,7 +53,7 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
         ) from None
     arms: dict[str, Arm] = {}
     for name, arm in given.items():
-        if not NAME.fullmatch(name) or name == OVERLAYS:
+        if not NAME.fullmatch(name) or name in FOLDERS:
             raise InputError(f"{path}: {name!r} is no name for an arm: use letters, digits, _, - and .")
         settings = dict(arm)
         base, files = settings.pop("from", None), settings.pop("files", [])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..data.datalist import LOCKED
 from ..errors import InputError, command_line
 from .arm_results import collect
+from .locked import collect_locked, judge_locked
 from .plan import Plan, add_options, carry_out, numbers
 from .report import report
 
@@ -32,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(given, rest)
     pieces = plan.pieces(numbers(given.seeds, "--seeds"), plan.output_dir)
     if carry_out(pieces, plan):
-        result = collect(plan.output_dir.name, pieces)
+        folder, look = plan.output_dir, collect
+        if given.locked:
+            judge_locked(pieces)
+            folder, look = folder / LOCKED, collect_locked
+        result = look(plan.output_dir.name, pieces)
         if result is None:
             raise InputError("no seed has all its folds done yet: run the same command without --report")
-        report([result], result.name, plan.output_dir)
+        report([result], result.name, folder, locked=given.locked)
     return 0
 
 

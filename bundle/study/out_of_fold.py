@@ -117,17 +117,18 @@ def fitted_on_validation(validation: Predictions, sensitivity: float = 0.9) -> t
         return temperature, None
 
 
-def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9) -> OutOfFold:
+def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str = "test") -> OutOfFold:
     """Put the pieces of one seed together.
 
     Args:
         folders: of the pieces, with `validation/` and `test/`.
         sensitivity: of the operating points.
+        section: of the folds that is put together.
 
     Raises:
         InputError: a case is in the test part of two pieces, or a file is missing.
     """
-    parts = [_piece(folder, sensitivity) for folder in folders]
+    parts = [_piece(folder, sensitivity, section) for folder in folders]
     cases = [case for part in parts for case in part.raw.cases]
     patients = [patient for part in parts for patient in part.raw.patients]
     if len(set(cases)) < len(cases):
@@ -157,9 +158,9 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9) -> OutOfFold:
     )
 
 
-def _piece(folder: Path, sensitivity: float) -> OutOfFold:
-    records = _records(folder / "test")
-    raw = _predictions(records, folder / "test")
+def _piece(folder: Path, sensitivity: float, section: str) -> OutOfFold:
+    records = _records(folder / section)
+    raw = _predictions(records, folder / section)
     temperature, threshold = fitted_on_validation(read_predictions(folder / "validation"), sensitivity)
     after = calibrated(raw.logits, temperature)
     evidence = [case_key_slices(record) for record in records if record["status"] != "refused"]

@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows: there one run at a time is the user's affair
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["BUSY", "Piece", "piece_result"]
+__all__ = ["BUSY", "Piece", "evaluated", "piece_result"]
 
 BUSY = 75  # exit status of a piece that another process is at
 SECTIONS = ("validation", "test")
@@ -156,24 +156,35 @@ def train(piece: Piece) -> None:
     run(config_file=list(piece.config_files), **{**piece.settings, "output_dir": str(piece.folder)})
 
 
+def evaluated(piece: Piece, section: str) -> bool:
+    """Whether the evaluation of a section is there, and younger than the weights."""
+    found, weights = piece.folder / section / "metrics.json", piece.folder / "model.pt"
+    return found.exists() and found.stat().st_mtime >= weights.stat().st_mtime
+
+
+def evaluate(piece: Piece, section: str) -> None:
+    """Evaluate the weights of a piece on a section of its fold, unless that is done."""
+    if evaluated(piece, section):
+        return
+    files = list(piece.config_files)
+    overlay = Path(files[0]).with_name("evaluate.yaml")
+    overlay = overlay if overlay.exists() else overlay.with_suffix(".json")
+    # Intervals of one fold say little; the study makes those that it reports.
+    asked = {"figure_cases": 0, "resamples": 100, "occlusion": section != "validation"}
+    settings = {**asked, **piece.settings, "section": section}
+    run(config_file=[*files, str(overlay)], **settings, output_dir=str(piece.folder))
+
+
 def do_piece(piece: Piece) -> None:
     """Train, evaluate on both sections, sum up. What is done is not done again."""
-    folder, files = piece.folder, list(piece.config_files)
-    begun, goes_on = time.monotonic(), (folder / "checkpoint.pt").exists()
+    begun, goes_on = time.monotonic(), (piece.folder / "checkpoint.pt").exists()
     train(piece)
-    evaluate = Path(files[0]).with_name("evaluate.yaml")
-    evaluate = evaluate if evaluate.exists() else evaluate.with_suffix(".json")
     for section in SECTIONS:
-        found = folder / section / "metrics.json"
-        if not found.exists() or found.stat().st_mtime < (folder / "model.pt").stat().st_mtime:
-            # Intervals of one fold say little; the study makes those that it reports.
-            asked = {"figure_cases": 0, "resamples": 100, "occlusion": section == "test"}
-            settings = {**asked, **piece.settings, "section": section}
-            run(config_file=[*files, str(evaluate)], **settings, output_dir=str(folder))
+        evaluate(piece, section)
     # Of the last part alone it would mislead a projection.
     seconds = None if goes_on else round(time.monotonic() - begun, 1)
     piece.save()  # again: another command may have changed it meanwhile
-    write_json(folder / "piece.json", {**_summary(piece), "made_from": piece.made_from(), "seconds": seconds})
+    write_json(piece.folder / "piece.json", {**_summary(piece), "made_from": piece.made_from(), "seconds": seconds})
 
 
 def _summary(piece: Piece) -> dict[str, Any]:
@@ -210,14 +221,14 @@ def _claimed(folder: Path) -> Iterator[bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line of the process that does one piece: its folder, and "train" to do no more than train."""
+    """Command line of the process that does one piece: its folder, and "train" or a section to do no more than that."""
     folder, *only = sys.argv[1:] if arguments is None else arguments
     piece = Piece.load(folder)
     with _claimed(piece.folder) as mine:
         if not mine:
             return BUSY
         if only:
-            train(piece)
+            train(piece) if only == ["train"] else evaluate(piece, *only)
             return 0
         if piece_result(piece) is None:
             do_piece(piece)

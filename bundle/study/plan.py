@@ -90,6 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="pieces at once on this machine (%(default)s)")
     parser.add_argument("--piece", type=int, help="do this one alone, by its number: for job arrays")
     parser.add_argument("--list", action="store_true", help="print the numbers of the pieces and end")
+    parser.add_argument("--locked", action="store_true", help="judge the trainings on the locked patients: at the end")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is done, and end")
 
 

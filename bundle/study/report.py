@@ -13,7 +13,9 @@ from .tables import study_text, write_arms, write_pieces
 __all__ = ["report"]
 
 
-def report(results: Sequence[ArmResult], reference: str, folder: Path, left_out: Sequence[str] = ()) -> None:
+def report(
+    results: Sequence[ArmResult], reference: str, folder: Path, left_out: Sequence[str] = (), locked: bool = False
+) -> None:
     """Write the tables and figures of arms, and print the tables.
 
     Args:
@@ -21,14 +23,17 @@ def report(results: Sequence[ArmResult], reference: str, folder: Path, left_out:
         reference: name of the arm that differences are against; the first where it is not among them.
         folder: gets report.md, arms.csv, pieces.csv, arms.png, traces.png and validation.png.
         left_out: names of arms that are not whole.
+        locked: whether these are results on the locked cases, which have no figures of the trainings of their own.
     """
     against = reference if reference in [one.name for one in results] else results[0].name
-    text = study_text(results, against, left_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = study_text(results, against, left_out, locked)
     with replacing(folder / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_arms(results, against, folder / "arms.csv")
-    write_pieces(results, folder / "pieces.csv")
     draw_arms(results, against, folder / "arms.png")
-    draw_traces(results, folder / "traces.png")
-    draw_validation(results, folder / "validation.png")
+    if not locked:
+        write_pieces(results, folder / "pieces.csv")
+        draw_traces(results, folder / "traces.png")
+        draw_validation(results, folder / "validation.png")
     print(f"\n{text}\n{folder}")

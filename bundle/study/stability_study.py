@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.datalist import LOCKED
 from ..errors import InputError, command_line
 from .arm_results import collect
 from .arms import OVERLAYS, Arm, Stage, read_study, write_overlay
+from .locked import collect_locked, judge_locked
 from .piece import Piece
 from .plan import Plan, add_options, carry_out
 from .report import report
@@ -45,11 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError(f"--arms: there is no arm {unknown[0]!r} in {given.study}; there are {', '.join(arms)}")
     pieces = {name: _pieces(plan, given.stage, stages[given.stage], name, arms[name]) for name in chosen}
     if carry_out([piece for group in pieces.values() for piece in group], plan):
-        found = {name: collect(name, group) for name, group in pieces.items()}
+        folder, look = plan.output_dir, collect
+        if given.locked:
+            judge_locked([piece for group in pieces.values() for piece in group])
+            folder, look = folder / LOCKED, collect_locked
+        found = {name: look(name, group) for name, group in pieces.items()}
         whole = [result for result in found.values() if result is not None]
         if not whole:
             raise InputError("no arm has all folds of a seed done yet: run the same command without --report")
-        report(whole, given.reference, plan.output_dir, [name for name, result in found.items() if result is None])
+        left_out = [name for name, result in found.items() if result is None]
+        report(whole, given.reference, folder, left_out, given.locked)
     return 0
 
 

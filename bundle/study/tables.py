@@ -32,63 +32,79 @@ STEADINESS_HEADS = {
 }
 
 
-def study_text(arms: Sequence[ArmResult], reference: str, left_out: Sequence[str] = ()) -> str:
+def study_text(arms: Sequence[ArmResult], reference: str, left_out: Sequence[str] = (), locked: bool = False) -> str:
     """The tables in Markdown; a column in which no arm has anything is left out.
 
     Args:
         arms: in the order of the rows.
         reference: name of the one that differences and ratios are against.
         left_out: names of arms of which no seed has all its folds done.
+        locked: whether every training judged all cases, instead of each the test cases of its fold.
     """
     against = next(one for one in arms if one.name == reference)
     first = next(iter(against.by_seed.values())).raw
     always = np.full(len(first.labels), np.bincount(first.labels).argmax())
     majority = [score(name, first.labels, first.probabilities, always) for name in ("accuracy", "f1_macro")]
+    which, judged = (
+        ("locked", "every training, none of which saw") if locked else ("test", "trainings that did not see")
+    )
     told = [
-        f"{len(first.cases)} test cases of {len(set(first.patients))} patients, each judged by trainings that did not "
-        f"see its patient. Always the most frequent class: accuracy {majority[0]:.3f}, macro F1 {majority[1]:.3f}."
+        f"{len(first.cases)} {which} cases of {len(set(first.patients))} patients, each judged by {judged} its patient."
+        f" Always the most frequent class: accuracy {majority[0]:.3f}, macro F1 {majority[1]:.3f}."
     ]
     if first.refused:
         shown = ", ".join(first.refused[:5]) + (", …" if len(first.refused) > 5 else "")
         told.append(f"The reader refused {len(first.refused)} more ({shown}): they are in no figure.")
     told.append(
-        "Scores are pooled over folds and averaged over seeds, with 95% bootstrap intervals over patients"
+        f"Scores are {'averaged over trainings' if locked else 'pooled over folds and averaged over seeds'}, with 95% "
+        "bootstrap intervals over patients"
         + (f"; differences are against `{reference}`, paired." if len(arms) > 1 else ".")
     )
     if left_out:
         told.append(f"Left out, as no seed has all its folds done: {', '.join(left_out)}.")
-    tables = [_scores(arms, against), _evidence(arms), _steadiness(arms, against), _calibration(arms)]
+    tables = [_scores(arms, against, locked), _evidence(arms, locked)]
+    tables += [_calibration(arms)] if locked else [_steadiness(arms, against), _calibration(arms)]
     return "\n\n".join(["\n".join(told), *(_table(rows) for rows in tables if len(rows[0]) > 1)]) + "\n"
 
 
-def _scores(arms: Sequence[ArmResult], against: ArmResult) -> list[Row]:
+def _scores(arms: Sequence[ArmResult], against: ArmResult, locked: bool) -> list[Row]:
+    several = "trainings" if locked else "seeds"
     return [
         {
             "arm": arm.name,
-            "seeds": str(len(arm.by_seed)),
+            several: str(len(arm.by_seed)),
             "AUC": _told(figure(arm.compared, "auc")),
             "AUC, difference": _signed(arm, against, "auc"),
             "macro F1": _told(figure(arm.compared, "f1_macro")),
             "macro F1, difference": _signed(arm, against, "f1_macro"),
             "accuracy": _told(figure(arm.compared, "accuracy")),
-            "AUC of a piece, mean ± sd": _mean_and_sd(_of_pieces(arm, "scores", "test", "auc")),
-            "AUC of all seeds together": _told(figure(arm.compared, "ensemble_auc")) if len(arm.by_seed) > 1 else "",
+            # On the locked cases that of a piece is what is averaged.
+            "AUC of a piece, mean ± sd": "" if locked else _mean_and_sd(_of_pieces(arm, "scores", "test", "auc")),
+            f"AUC of all {several} together": _told(figure(arm.compared, "ensemble_auc"))
+            if len(arm.by_seed) > 1
+            else "",
         }
         for arm in arms
     ]
 
 
-def _evidence(arms: Sequence[ArmResult]) -> list[Row]:
-    rows = []
+def _evidence(arms: Sequence[ArmResult], locked: bool) -> list[Row]:
+    rows, several = [], "trainings" if locked else "seeds"
     for arm in arms:
         hits = {f"by {by}": _told(figure(arm.compared, f"hit_1_{by}")) for by in RANKINGS}
         if any(hits.values()):
             agreement = seed_agreement(list(arm.by_seed.values()))["score"]
             within = {"slice AUC by score": _told(figure(arm.compared, "slice_auc_score"))}
             rows.append(
-                {"first slice is a true one": arm.name, **hits, **within, "seeds agree (score)": _number(agreement)}
+                {
+                    "first slice is a true one": arm.name,
+                    **hits,
+                    **within,
+                    f"{several} agree (score)": _number(agreement),
+                }
             )
-    chance = _of_pieces(arms[0], "key_slices", "chance_hit_1") if rows else []
+    # The pieces know the chance on their own test cases.
+    chance = _of_pieces(arms[0], "key_slices", "chance_hit_1") if rows and not locked else []
     if chance:
         rows.append({**dict.fromkeys(rows[0], ""), "first slice is a true one": "chance"})
         rows[-1] |= {f"by {by}": _number(float(np.mean(chance))) for by in RANKINGS}

@@ -10,11 +10,12 @@ import pytest
 
 from bundle.study.arm_results import collect, mean_steadiness, variance_ratio
 from bundle.study.figures import draw_validation
+from bundle.study.locked import collect_locked
 from bundle.study.piece import Piece
 from bundle.study.report import report
 from bundle.study.tables import study_text
 
-from .made_pieces import TRAIN, datalist, finish, record
+from .made_pieces import TRAIN, datalist, finish, record, write_records
 
 TRUTH = {"hit": [0, 1, 0], "miss": [1, 0, 0], "unknown": [-1, -1, -1]}
 VALIDATION = [record(f"v{i}", i % 2, [1 - p, p]) for i, p in enumerate((0.2, 0.7, 0.4, 0.8, 0.1, 0.3))]
@@ -211,3 +212,28 @@ def test_rows_of_pieces_have_their_scores_and_times(tmp_path):
     ]
     assert [row["test_auc"] for row in rows] == ["0.6", "0.8"]
     assert float(rows[0]["nll_variance"]) == 0.5
+
+
+def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
+    found = {}
+    for arm, p in (("before", 0.6), ("after", 0.9)):
+        make_arm(tmp_path, arm)
+        pieces = [make_piece(tmp_path, arm, fold) for fold in (0, 1)]
+        for piece in pieces:
+            higher = p + 0.05 * piece.settings["fold"]
+            cases = [("a", 0, 0.2), ("b", 1, higher), ("c", 0, 0.7), ("d", 1, 0.8)]
+            records = [record(c, y, [1 - q, q], scores=[0, 2, 1], truth=[0, y, 0]) for c, y, q in cases]
+            write_records(piece.folder / "locked", records)
+        found[arm] = collect_locked(arm, pieces, resamples=50)
+    assert list(found["after"].by_seed) == [0, 1]
+    # Three of four pairs of a negative and a positive case in order, in both pieces; and all of them.
+    assert found["before"].compared.values["auc"] == pytest.approx(0.75)
+    assert found["after"].compared.values["auc"] == found["after"].compared.values["ensemble_auc"] == 1
+    report(list(found.values()), "before", tmp_path / "locked", locked=True)
+    assert "4 locked cases of 4 patients, each judged by every training" in capsys.readouterr().out
+    rows = tables((tmp_path / "locked" / "report.md").read_text())
+    assert [(row["trainings"], row["AUC"][:5]) for row in rows["arm"]] == [("2", "0.750"), ("2", "1.000")]
+    assert rows["first slice is a true one"][1]["trainings agree (score)"] == "1.000"
+    assert "last third of the epochs" not in rows
+    assert {path.name for path in (tmp_path / "locked").iterdir()} == {"report.md", "arms.csv", "arms.png"}
+    assert collect_locked("none", [make_piece(tmp_path, "none", 0)]) is None

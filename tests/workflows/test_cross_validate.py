@@ -295,3 +295,28 @@ def test_a_study_of_two_arms_with_a_scan_that_is_refused(cohort, small, tmp_path
     assert "Left out, as no seed has all its folds done: soft." in (output / "report.md").read_text()
     assert "--arms: there is no arm 'hard'" in run([*words, "--arms", "before,hard"], status=2).stderr
     assert "--stage must be one of quick, not 'slow'" in run([*words, "--stage", "slow"], status=2).stderr
+
+
+@pytest.mark.slow
+def test_locked_cases_are_judged_at_the_end_and_once(cohort, small, whole, tmp_path):
+    refused = run(command(small, cohort, whole, "--locked"), status=2)
+    assert "the locked cases were not judged: " in refused.stderr
+    assert "has no locked cases: make it with scripts/make_datalist --lock SHARE" in refused.stderr
+    content = json.loads((cohort / "datalist.json").read_text())
+    del content["hash"]
+    # The cases of the third fold's test part, which then are in no fold.
+    content["locked"] = content["folds"].pop()["test"]
+    content["folds"] = [
+        {name: [case for case in cases if case not in content["locked"]] for name, cases in fold.items()}
+        for fold in content["folds"]
+    ]
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    words = command(small, cohort, tmp_path / "run", "--datalist", str(tmp_path / "datalist.json"), "--locked")
+    done = run(words)
+    assert (tmp_path / "run" / "locked" / "report.md").read_text() in done.stdout
+    assert f"{len(content['locked'])} locked cases of" in done.stdout
+    for folder in pieces(tmp_path / "run").values():
+        assert {row["case"] for row in rows_of(folder / "locked" / "predictions.csv")} == set(content["locked"])
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/locked/predictions.csv")}
+    run(words)
+    assert times == {path: path.stat().st_mtime_ns for path in times}
