@@ -23,6 +23,7 @@ _EXPORTS = {
     "data.reader": "LoadImageStrictd",
     "data.sampling": "AllSlicesd RandomSlicesd StratifiedSlicesd UniformSlicesd",
     "data.transforms": "AddNeighboursd DropBlankSlicesd ResizeAndPadd VolumeToBagd",
+    "data.views": "RandSliceAffined RandSliceCutoutd TwoViewsd",
     "data.volume_transforms": (
         "CheckVolumed CropToForegroundd OrientForSlicingd ResampleVolumed ScaleForegroundPercentilesd ScaleWindowd"
     ),
@@ -35,6 +36,7 @@ _EXPORTS = {
     "model.encoding": "SliceEncoding",
     "model.inference": "for_inference",
     "model.network": "DualStreamMIL",
+    "model.projection": "ProjectedViews",
     "model.selection": (
         "EntmaxSelection GumbelSelection HardSelection MeanSelection SoftSelection StraightThroughSelection "
         "TopKSelection TwoPhaseSelection"
@@ -46,7 +48,7 @@ _EXPORTS = {
     "results.progress": "CaseProgressBar",
     "results.run_folder": "RunFolder",
     "results.writer": "DrawKeySlices WriteMetrics WriteRecords exit_status",
-    "settings": "check_config check_held_out choose run_settings",
+    "settings": "check_config check_held_out check_start choose run_settings",
     "training.averaging": "AverageWeights ReturnWeights",
     "training.checkpoint": "BestModel Checkpoint EarlyStop",
     "training.distributed": ("BagBatches data_parallel end_group is_first local_device own_share start_group"),
@@ -57,11 +59,13 @@ _EXPORTS = {
     ),
     "training.log": "EpochLog",
     "training.losses": "BagCrossEntropy DualStreamLoss MILFocalLoss",
+    "training.pretraining": "LogTerms ViewTrainer save_encoder",
     "training.run": "finish_training start_network",
     "training.schedules": (
         "CosineTemperature ExponentialTemperature LinearWeight PrescribedTemperature parameter_groups warmup_cosine"
     ),
     "training.stability": "StabilityRecorder",
+    "training.vicreg": "VICRegLoss",
     "weights": "load_network",
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names.split()}

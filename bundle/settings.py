@@ -18,9 +18,9 @@ from .data.cases import split_of
 from .errors import InputError
 from .files import file_hash
 from .recipe import Recipe
-from .weights import read_checkpoint
+from .weights import read_checkpoint, trained_on
 
-__all__ = ["check_config", "check_held_out", "choose", "config_in_use", "run_settings", "shipped_config"]
+__all__ = ["check_config", "check_held_out", "check_start", "choose", "config_in_use", "run_settings", "shipped_config"]
 
 logger = logging.getLogger(__name__)
 META = ConfigParser.meta_key
@@ -134,6 +134,20 @@ def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section
         raise InputError(
             f"the weights were trained on fold {trained_on['fold']} of this datalist, and the {section} cases of fold "
             f"{fold} are among their training cases: set fold to {trained_on['fold']}"
+        )
+
+
+def check_start(encoder_weights: str | Path | None, datalist: str | Path, fold: int) -> None:
+    """Refuse to start from an encoder that was trained, with labels or without, on another fold of the datalist.
+
+    Raises:
+        InputError: when it was: it has seen test cases of this fold.
+    """
+    seen = {} if encoder_weights is None else trained_on(encoder_weights)
+    if seen and seen["datalist"] == split_of(datalist, fold)["datalist"] and seen["fold"] != fold:
+        raise InputError(
+            f"encoder_weights were trained on fold {seen['fold']} of this datalist, and test cases of fold {fold} are "
+            f"among their training cases: give weights of fold {fold}"
         )
 
 

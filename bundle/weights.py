@@ -14,7 +14,7 @@ from torch import nn
 from .errors import InputError
 from .files import replacing
 
-__all__ = ["load_network", "previous_of", "read_checkpoint", "save_atomically"]
+__all__ = ["load_network", "previous_of", "read_checkpoint", "save_atomically", "trained_on"]
 
 
 def save_atomically(content: Mapping[str, Any], path: str | Path, keep_previous: bool = False) -> None:
@@ -63,6 +63,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), Mapping):
         raise InputError(f"{path} holds no 'model': it was not saved by this bundle's training")
     return content
+
+
+def trained_on(path: str | Path) -> dict[str, Any]:
+    """Datalist and fold that the weights in a file were trained on; empty where it does not say or is no such file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whoever loads the weights says what is wrong
+        return {}
+    found = content.get("trained_on") if isinstance(content, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def load_network(network: nn.Module, weights: str | Path) -> nn.Module:

@@ -12,7 +12,15 @@ import bundle
 from bundle.data.cases import split_of
 from bundle.errors import InputError, input_error_behind
 from bundle.recipe import RECIPE_KEYS, Recipe
-from bundle.settings import NOT_PART_OF_A_RUN, check_config, check_held_out, choose, config_in_use, run_settings
+from bundle.settings import (
+    NOT_PART_OF_A_RUN,
+    check_config,
+    check_held_out,
+    check_start,
+    choose,
+    config_in_use,
+    run_settings,
+)
 from bundle.weights import save_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -245,7 +253,9 @@ def test_choose():
 
 # --- the configs of the bundle ---
 
-WORKFLOWS = {"train": ["train"], "evaluate": ["train", "evaluate"], "inference": ["inference"]}
+WORKFLOWS = {
+    "train": ["train"], "pretrain": ["train", "pretrain"], "evaluate": ["train", "evaluate"], "inference": ["inference"]
+}  # fmt: skip
 # Read by MONAI or by people who look for them there, rather than by another key.
 READ_BY_MONAI = {"imports", "initialize", "run", "finalize", "bundle_root"}
 # Only compared with the weights' recipe, or read from the config by name: see bundle.recipe.RECIPE_KEYS.
@@ -291,7 +301,9 @@ def test_every_key_is_read(workflow):
     read = {name.split("::")[0] for name in references(merged(workflow).config)}
     # Of an overlay, what it adds; the rest is read by the workflow that it lies upon.
     own = yaml.safe_load((CONFIGS / f"{workflow}.yaml").read_text())
-    dead = set(own) - read - READ_BY_MONAI - (READ_BY_RECIPE if workflow == "train" else set())
+    dead = (
+        {key.split("::")[0] for key in own} - read - READ_BY_MONAI - (READ_BY_RECIPE if workflow == "train" else set())
+    )
     assert not dead
 
 
@@ -299,15 +311,19 @@ def test_keys_for_the_recipe_exist():
     assert set(merged("train").config) >= READ_BY_RECIPE
 
 
+# Where the settings of a config end, of which each has a comment.
+ENDS = {"train": "# --- definitions ---", "pretrain": "\nprojected:", "inference": "\nrecipe:"}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_numbers_are_numbers_and_every_setting_has_its_reason(path):
     text = path.read_text()
     assert not re.findall(r":\s*[0-9]+e-?[0-9]+", text), "PyYAML reads 1e-4 as a string: write 1.0e-4"
-    if path.stem not in ("train", "inference"):
+    if path.stem not in ENDS:
         return
-    definitions = text.index("# --- definitions ---") if path.stem == "train" else text.index("\nrecipe:")
+    definitions = text.index(ENDS[path.stem])
     settings = [line for line in text[:definitions].splitlines() if re.match(r"\w+: [^\s]", line)]
-    assert len(settings) > 12
+    assert len(settings) > 7
     for line in settings:
         key, value = line.split(": ", 1)
         if key not in ("bundle_root", "device") and not value.startswith("#"):
@@ -331,7 +347,7 @@ def test_overlays_change_what_is_there(path):
     assert problems(parser) == ["there is no setting 'checked'"]  # this test's own, and nothing else
 
 
-@pytest.mark.parametrize("names", ["train", "evaluate", "inference"])
+@pytest.mark.parametrize("names", ["train", "pretrain", "evaluate", "inference"])
 def test_every_bundle_name_in_a_config_is_exported(names):
     text = (CONFIGS / f"{names}.yaml").read_text()
     used = set(re.findall(r"\bbundle\.([A-Za-z_]\w*)", text)) - {"run"}  # monai.bundle run, in a comment
@@ -347,23 +363,42 @@ def test_every_export_is_for_a_config_or_for_people_who_write_one():
     assert set(bundle.__all__) - used <= for_python
 
 
-def test_weights_are_not_evaluated_on_another_fold_of_their_datalist(tmp_path, caplog):
-    def datalist(seed: int) -> Path:
-        cases = [{"case": f"c{i}", "image": f"{i}.nii", "label": i % 2, "patient": f"p{i}"} for i in range(6)]
-        names = [case["case"] for case in cases]
-        folds = [
-            {"training": names[:2], "validation": names[2:4], "test": names[4:]},
-            {"training": names[4:], "validation": names[:2], "test": names[2:4]},
-        ]
-        path = tmp_path / f"{seed}.json"
-        content = {"format": 1, "class_names": ["no", "yes"], "seed": seed, "num_folds": 2, "cases": cases}
-        path.write_text(json.dumps({**content, "folds": folds}))
-        return path
+def two_folds(tmp_path: Path, seed: int) -> Path:
+    cases = [{"case": f"c{i}", "image": f"{i}.nii", "label": i % 2, "patient": f"p{i}"} for i in range(6)]
+    names = [case["case"] for case in cases]
+    folds = [
+        {"training": names[:2], "validation": names[2:4], "test": names[4:]},
+        {"training": names[4:], "validation": names[:2], "test": names[2:4]},
+    ]
+    path = tmp_path / f"{seed}.json"
+    content = {"format": 1, "class_names": ["no", "yes"], "seed": seed, "num_folds": 2, "cases": cases}
+    path.write_text(json.dumps({**content, "folds": folds}))
+    return path
 
+
+def test_weights_are_not_evaluated_on_another_fold_of_their_datalist(tmp_path, caplog):
     weights = tmp_path / "model.pt"
-    save_atomically({"model": {}, "trained_on": split_of(datalist(0), 1)}, weights)
-    check_held_out(weights, datalist(0), 1, "test")
+    save_atomically({"model": {}, "trained_on": split_of(two_folds(tmp_path, 0), 1)}, weights)
+    check_held_out(weights, two_folds(tmp_path, 0), 1, "test")
     with pytest.raises(InputError, match="trained on fold 1 of this datalist.*set fold to 1"):
-        check_held_out(weights, datalist(0), 0, "test")
-    check_held_out(weights, datalist(1), 0, "test")
+        check_held_out(weights, two_folds(tmp_path, 0), 0, "test")
+    check_held_out(weights, two_folds(tmp_path, 1), 0, "test")
     assert "another datalist" in caplog.text
+
+
+def test_an_encoder_of_another_fold_is_no_start(tmp_path):
+    here, other = two_folds(tmp_path, 0), two_folds(tmp_path, 1)
+    path = tmp_path / "encoder.pt"
+    save_atomically({"encoder": {}, "trained_on": split_of(here, 1)}, path)
+    check_start(path, here, 1)
+    check_start(path, other, 0)  # nothing is known of another datalist
+    check_start(None, here, 0)
+    with pytest.raises(
+        InputError, match="encoder_weights were trained on fold 1 of this datalist.*give weights of fold 0"
+    ):
+        check_start(path, here, 0)
+    # What is wrong with these is told where they are loaded.
+    (tmp_path / "text.pt").write_text("no weights")
+    save_atomically({"conv1.weight": 3}, tmp_path / "foreign.pt")
+    for name in ("text.pt", "foreign.pt", "absent.pt"):
+        check_start(tmp_path / name, here, 0)

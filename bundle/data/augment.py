@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..errors import InputError
 from .sampling import DrawTransform
 
-__all__ = ["RandBagAffined", "RandSliceIntensityd"]
+__all__ = ["RandBagAffined", "RandSliceIntensityd", "sampling_grid"]
 
 
 class RandBagAffined(DrawTransform):
@@ -54,11 +54,7 @@ class RandBagAffined(DrawTransform):
 
     def apply(self, slices: Tensor, matrix: np.ndarray) -> Tensor:
         """Slices (N, C, H, W) seen through the matrix; what comes from outside is 0."""
-        height, width = slices.shape[-2:]
-        # grid_sample counts each side from -1 to 1; in those units a rotation would shear an oblong slice.
-        oblong = np.array([[1, height / width, 1], [width / height, 1, 1]])
-        theta = torch.from_numpy(matrix * oblong).to(slices.dtype)[None]
-        grid = functional.affine_grid(theta, [1, 1, height, width], align_corners=False)
+        grid = sampling_grid(matrix[None], slices)
         # Slices as channels: places and weights are then found once for all of them, and not once for each.
         pictures = slices.flatten(0, 1)  # (N · C, H, W)
         parts = pictures.tensor_split(min(torch.get_num_threads(), len(pictures)))
@@ -70,6 +66,15 @@ class RandBagAffined(DrawTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         return {**data, "image": self.apply(data["image"], self.draw(self.generator(data)))}
+
+
+def sampling_grid(matrices: np.ndarray, slices: Tensor) -> Tensor:
+    """The places (M, H, W, 2) that `grid_sample` looks at, for matrices (M, 2, 3) of `RandBagAffined.draw`."""
+    height, width = slices.shape[-2:]
+    # grid_sample counts each side from -1 to 1; in those units a rotation would shear an oblong slice.
+    oblong = np.array([[1, height / width, 1], [width / height, 1, 1]])
+    theta = torch.from_numpy(matrices * oblong).to(slices.dtype)
+    return functional.affine_grid(theta, [len(matrices), 1, height, width], align_corners=False)
 
 
 class RandSliceIntensityd(DrawTransform):

@@ -123,18 +123,20 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> WeightReport:
 
     A first convolution for another number of input channels is adapted: the mean over the file's input channels, on
     each of ours, scaled so that an equal grey input gives the same response. Statistics of a norm that the encoder does
-    not have, and a classifier, are left unused.
+    not have, and a classifier, are left unused; convolutions that it does not have are of another architecture.
 
     Args:
         encoder: any module.
-        path: a file of `torch.save`: a state dict, or a dict that holds one under "state_dict", "model" or "encoder".
-            Its names may have a prefix, such as "module." or, in a file saved by this bundle, "encoder.".
+        path: a file of `torch.save`: a state dict, or a dict that holds one under "state_dict", "model" or "encoder",
+            as that of a pre-training does. Its names may have a prefix, such as "module." or, in the file of a
+            training, "encoder.".
 
     Returns:
         The report, which is logged too.
 
     Raises:
-        InputError: when the file is absent, is no weights file, has a tensor of another shape, or lacks a weight.
+        InputError: when the file is absent, is no weights file, has a tensor of another shape, lacks a weight, or has
+            convolutions that the encoder lacks.
     """
     path = Path(path)
     if not path.is_file():
@@ -144,7 +146,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> WeightReport:
     except Exception as error:
         raise InputError(f"encoder_weights: {path.name} is no file of tensors that torch.load reads safely") from error
     own = encoder.state_dict()
-    given = _plain_names(content, own)
+    given, others = _plain_names(content, own)
     if not given:
         raise InputError(f"encoder_weights: {path.name} holds no state dict")
     taken: dict[str, Tensor] = {}
@@ -172,27 +174,37 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> WeightReport:
         raise InputError(
             f"encoder_weights: {path.name} has no weights for {_some(tuple(needed))}: another architecture"
         )
+    left = [name for name, tensor in given.items() if name not in own and tensor.dim() > 3]
+    if left:
+        raise InputError(
+            f"encoder_weights: {path.name} has weights of {_some(tuple(left))}, which the encoder lacks: another "
+            "architecture"
+        )
     encoder.load_state_dict({**own, **taken})
     report = WeightReport(
         used=tuple(name for name in taken if name not in adapted),
         adapted=tuple(adapted),
         missing=missing,
-        unused=tuple(name for name in given if name not in own),
+        unused=(*(name for name in given if name not in own), *others),
     )
     logger.info("encoder weights from %s: %s", path.name, report)
     return report
 
 
-def _plain_names(content: object, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict in a loaded file, without the prefix that wrappers put before the encoder's own names."""
+def _plain_names(content: object, own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a loaded file, without the prefix that wrappers put before the encoder's own names.
+
+    And the names of the tensors without that prefix, which are no part of an encoder.
+    """
     for key in ("state_dict", "model", "encoder"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        return {}
+        return {}, []
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     anchor = next(iter(own), "")
     prefixes = sorted({name.removesuffix(anchor) for name in tensors if name.endswith(anchor)}, key=len)
     # "layer1.0.conv1.weight" ends in "conv1.weight" too: the prefix under which most of the names are found is meant.
     prefix = max(prefixes, key=lambda start: sum(start + name in tensors for name in own), default="")
-    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+    within = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return within, [name for name in tensors if not name.startswith(prefix)]

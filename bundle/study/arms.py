@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from ..data.datalist import LOCKED
 from ..errors import InputError
 from ..files import replacing
 
-__all__ = ["OVERLAYS", "Arm", "Stage", "read_study", "write_overlay"]
+__all__ = ["OVERLAYS", "Arm", "Pretraining", "Stage", "read_study", "write_overlay"]
 
 
 NAME = re.compile(r"\w[\w.-]*")  # becomes a folder's
@@ -21,11 +21,19 @@ OVERLAYS = "overlays"  # the folder beside those of the arms
 FOLDERS = (OVERLAYS, LOCKED)  # so that no arm may have one of these names
 
 
+class Pretraining(NamedTuple):
+    """Overlays by path that turn a training into the pre-training of its encoder, and settings laid over them."""
+
+    config_files: tuple[str, ...]
+    settings: dict[str, Any]
+
+
 class Arm(NamedTuple):
-    """Overlays by path, and settings laid over them."""
+    """Overlays by path, settings laid over them, and a pre-training before each training if there is to be one."""
 
     files: tuple[str, ...]
     settings: dict[str, Any]
+    pretrain: Pretraining | None = None
 
 
 class Stage(NamedTuple):
@@ -40,7 +48,7 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
 
     Raises:
         InputError: the file cannot be read, a name is none for a folder, an arm starts from one that is not above it,
-            or a file is not there.
+            a file is not there, or a pre-training names none.
     """
     path = Path(path).absolute()
     try:
@@ -60,12 +68,31 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
         if base is not None and base not in arms:
             raise InputError(f"{path}: arm {name} starts from {base!r}, and there is no such arm above it")
         start = arms[base] if base is not None else Arm((), {})
-        paths = tuple(str(path.parent / file) for file in files)
-        absent = [file for file in paths if not Path(file).is_file()]
-        if absent:
-            raise InputError(f"{path}: arm {name} names a file that is not there: {absent[0]}")
-        arms[name] = Arm((*start.files, *paths), {**start.settings, **settings})
+        pretrain = start.pretrain
+        if "pretrain" in settings:
+            pretrain = _pretraining(settings.pop("pretrain"), path, name)
+        paths = _paths(files, path, name)
+        arms[name] = Arm((*start.files, *paths), {**start.settings, **settings}, pretrain)
     return stages, arms
+
+
+def _paths(files: Sequence[str], study: Path, arm: str) -> tuple[str, ...]:
+    paths = tuple(str(study.parent / file) for file in files)
+    absent = [file for file in paths if not Path(file).is_file()]
+    if absent:
+        raise InputError(f"{study}: arm {arm} names a file that is not there: {absent[0]}")
+    return paths
+
+
+def _pretraining(given: Any, study: Path, arm: str) -> Pretraining | None:
+    if given is None:  # of an arm that starts from one with it
+        return None
+    if not isinstance(given, Mapping) or not isinstance(given.get("files"), list) or not given["files"]:
+        raise InputError(
+            f"{study}: `pretrain` of arm {arm} needs `files`, such as [pretrain.yaml], and may have settings"
+        )
+    settings = {key: value for key, value in given.items() if key != "files"}
+    return Pretraining(_paths(given["files"], study, arm), settings)
 
 
 def write_overlay(settings: Mapping[str, Any], path: Path, what: str) -> None:

@@ -1,4 +1,7 @@
-"""One piece of a study: a training on one fold with one seed, evaluated on its inner validation and its test cases."""
+"""One piece of a study: a training on one fold with one seed, evaluated on its inner validation and its test cases.
+
+A pre-training of the encoder on the training cases of the fold may come before it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +23,7 @@ from ..errors import InputError, command_line
 from ..files import file_hash, write_json
 from ..recipe import holds_expression
 from ..settings import META, NOT_PART_OF_A_RUN
+from .arms import Pretraining
 from .out_of_fold import read_predictions
 from .steadiness import read_log, steadiness
 
@@ -32,10 +36,11 @@ __all__ = ["BUSY", "Piece", "evaluated", "piece_result"]
 
 BUSY = 75  # exit status of a piece that another process is at
 SECTIONS = ("validation", "test")
+PRETRAINED = "pretrained"  # the folder of the pre-training within that of the piece
 FORMAT = 1
 NO_DIFFERENCE = (*NOT_PART_OF_A_RUN, META, "imports", "threshold", "calibration_temperature", "abstain_below")
 # What takes space and is needed for going on only, and what a killed process may leave.
-LEFT_OVER = ("checkpoint.pt", "checkpoint.previous.pt", "**/.part-*")
+LEFT_OVER = ("**/checkpoint.pt", "**/checkpoint.previous.pt", "**/.part-*")
 
 
 class Piece(NamedTuple):
@@ -46,11 +51,14 @@ class Piece(NamedTuple):
             and at last `piece.json`, which says that the piece is done.
         config_files: of the training, as for `python -m monai.bundle run`; paths.
         settings: overrides of the config, among them `fold` and `seed`.
+        pretrain: what turns the training into the pre-training of its encoder, which is then done first, into
+            `pretrained/`; None for none.
     """
 
     folder: Path
     config_files: tuple[str, ...]
     settings: Mapping[str, Any]
+    pretrain: Pretraining | None = None
 
     @property
     def config(self) -> ConfigParser:
@@ -73,28 +81,54 @@ class Piece(NamedTuple):
         config = self.config
         merged: dict[str, Any] = config.config  # type: ignore[assignment]
         overlaid = _merged(self._dated_files)[1] | {_top_level(key) for key in self.settings}
-        kept = {
-            key: value
-            for key, value in merged.items()
-            if key not in NO_DIFFERENCE and (key in overlaid or not _is_definition(value))
-        }
+        kept = _differing(merged, overlaid)
         datalist = config.get_parsed_content("datalist")
         kept["datalist"] = _datalist_hash(datalist, os.stat(datalist).st_mtime_ns if os.path.exists(datalist) else 0)
         start = merged.get("encoder_weights")
         if isinstance(start, str) and os.path.isfile(start):
             kept["encoder_weights_content"] = file_hash(start)
+        if self.pretrain is not None:
+            kept |= _made_from(self.pretrain)
         return {key: json.dumps(value, sort_keys=True, default=str) for key, value in kept.items()}
 
     def save(self) -> None:
         """Write what a process of its own needs to do this piece."""
-        content = {"config_files": list(self.config_files), "settings": dict(self.settings)}
+        content: dict[str, Any] = {"config_files": list(self.config_files), "settings": dict(self.settings)}
+        if self.pretrain is not None:
+            content["pretrain"] = self.pretrain._asdict()
         write_json(self.folder / "settings.json", content)
 
     @classmethod
     def load(cls, folder: str | Path) -> Piece:
         """The piece that `save` wrote."""
         content = json.loads((Path(folder) / "settings.json").read_text(encoding="utf-8"))
-        return cls(Path(folder), tuple(content["config_files"]), content["settings"])
+        pretrain = content.get("pretrain")
+        if pretrain is not None:
+            pretrain = Pretraining(tuple(pretrain["config_files"]), pretrain["settings"])
+        return cls(Path(folder), tuple(content["config_files"]), content["settings"], pretrain)
+
+
+def _differing(merged: Mapping[str, Any], overlaid: Set[str]) -> dict[str, Any]:
+    """Of a merged config what makes a difference: settings, and definitions that are not those of its first file."""
+    return {
+        key: value
+        for key, value in merged.items()
+        if key not in NO_DIFFERENCE and (_top_level(key) in overlaid or not _is_definition(value))
+    }
+
+
+def _made_from(pretrain: Pretraining) -> dict[str, Any]:
+    """What a pre-training adds to what a piece depends on.
+
+    The first entry is a definition, which tells a piece with a pre-training from one without.
+    """
+    base, *overlays = [ConfigParser.load_config_file(file) for file in pretrain.config_files]
+    overlays.append(pretrain.settings)
+    overlaid = {_top_level(key) for overlay in overlays for key in overlay}
+    for overlay in overlays:
+        base = {**base, **overlay}
+    kept = {f"pretrain::{key}": value for key, value in _differing(base, overlaid).items()}
+    return {"pretrain": {"files": [Path(file).name for file in pretrain.config_files]}, **kept}
 
 
 # A study asks for the same few files once for each of its pieces, and reading train.yaml takes a tenth of a second.
@@ -152,8 +186,14 @@ def _told(value: str | None) -> str:
 
 
 def train(piece: Piece) -> None:
-    """The training; an interrupted one goes on."""
-    run(config_file=list(piece.config_files), **{**piece.settings, "output_dir": str(piece.folder)})
+    """The training, after the pre-training if there is to be one; an interrupted one goes on."""
+    settings = dict(piece.settings)
+    if piece.pretrain is not None:
+        folder = piece.folder / PRETRAINED
+        files = [*piece.config_files, *piece.pretrain.config_files]
+        run(config_file=files, **{**settings, **piece.pretrain.settings, "output_dir": str(folder)})
+        settings["encoder_weights"] = str(folder / "encoder.pt")
+    run(config_file=list(piece.config_files), **{**settings, "output_dir": str(piece.folder)})
 
 
 def evaluated(piece: Piece, section: str) -> bool:

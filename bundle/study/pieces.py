@@ -159,7 +159,7 @@ def projected_seconds(pieces: Sequence[Piece], done: Mapping[Path, Mapping[str, 
 def probe_seconds(piece: Piece, processes: int = 1) -> float:
     """Seconds that a piece is likely to take, from two epochs of its training in a folder that is deleted again.
 
-    What it prepares stays in the cache and is not prepared again.
+    What it prepares stays in the cache and is not prepared again. A pre-training is not counted.
 
     Args:
         piece: one that is not done.

@@ -12,6 +12,7 @@ from fire.parser import DefaultParseValue
 
 from ..data.datalist import fold_sizes
 from ..errors import InputError
+from .arms import Pretraining
 from .piece import Piece
 from .pieces import do_pieces, done_pieces, duration, probe_seconds, projected_seconds
 
@@ -61,19 +62,23 @@ class Plan:
             **_overrides(overrides),
         }
 
-    def pieces(self, seeds: Sequence[int], folder: Path, files: Sequence[str] = ()) -> list[Piece]:
+    def pieces(
+        self, seeds: Sequence[int], folder: Path, files: Sequence[str] = (), pretrain: Pretraining | None = None
+    ) -> list[Piece]:
         """A piece for each seed and fold, with more overlays.
 
         Args:
             seeds: of the trainings.
             folder: of their folders.
             files: overlays after those of the command line.
+            pretrain: see Piece.
         """
         return [
             Piece(
                 folder / f"seed{seed}_fold{fold}",
                 (*self.config_files, *files),
                 {**self.settings, "fold": fold, "seed": seed},
+                pretrain,
             )
             for seed in seeds
             for fold in self.folds

@@ -177,7 +177,7 @@ class BagTrainer(_Forward, SupervisedTrainer):
             else:
                 engine.optimizer.step()
         output["evidence"] = type(output["evidence"])(*(tensor.detach() for tensor in output["evidence"]))
-        output[Keys.PRED] = output["evidence"].logits
+        output[Keys.PRED] = output[Keys.PRED].detach()
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return engine.state.output
 

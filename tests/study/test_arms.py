@@ -5,7 +5,7 @@ import yaml
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError
-from bundle.study.arms import Arm, Stage, read_study, write_overlay
+from bundle.study.arms import Arm, Pretraining, Stage, read_study, write_overlay
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"quick": {"seeds": [0, 1], "settings": {"max_epochs": 2}}}
@@ -38,6 +38,25 @@ def test_an_arm_starts_from_another(tmp_path):
     assert list(found) == ["first", "second", "third", "7"]
 
 
+def test_an_arm_takes_over_the_pre_training_of_the_one_it_starts_from(tmp_path):
+    for name in ("pre.yaml", "more.yaml"):
+        (tmp_path / name).write_text("{}\n")
+    arms = {
+        "first": {"lr": 1.0, "pretrain": {"files": ["pre.yaml"], "max_epochs": 30}},
+        "same": {"from": "first"},
+        "other": {"from": "first", "pretrain": {"files": ["pre.yaml", "more.yaml"]}},
+        "none": {"from": "first", "pretrain": None},
+    }
+    _, found = read_study(study(tmp_path, arms))
+    pre, more = str(tmp_path / "pre.yaml"), str(tmp_path / "more.yaml")
+    assert found == {
+        "first": Arm((), {"lr": 1.0}, Pretraining((pre,), {"max_epochs": 30})),
+        "same": Arm((), {"lr": 1.0}, Pretraining((pre,), {"max_epochs": 30})),
+        "other": Arm((), {"lr": 1.0}, Pretraining((pre, more), {})),
+        "none": Arm((), {"lr": 1.0}, None),
+    }
+
+
 def test_files_do_not_depend_on_the_folder_one_is_in(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("{}\n")
     study(tmp_path, {"one": {"files": ["a.yaml"]}})
@@ -50,6 +69,9 @@ def test_files_do_not_depend_on_the_folder_one_is_in(tmp_path, monkeypatch):
     [
         ({"b": {"from": "a"}, "a": {}}, "arm b starts from 'a', and there is no such arm above it"),
         ({"a": {"files": ["none.yaml"]}}, "arm a names a file that is not there: .*none.yaml"),
+        ({"a": {"pretrain": {"files": ["none.yaml"]}}}, "arm a names a file that is not there: .*none.yaml"),
+        ({"a": {"pretrain": {"max_epochs": 3}}}, r"`pretrain` of arm a needs `files`, such as \[pretrain.yaml\]"),
+        ({"a": {"pretrain": True}}, "`pretrain` of arm a needs `files`"),
         ({"../a": {}}, "'../a' is no name for an arm"),
         ({"overlays": {}}, "'overlays' is no name for an arm"),
         (["a"], r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`"),

@@ -6,9 +6,10 @@ import yaml
 
 from bundle.errors import InputError
 from bundle.study import piece as module
+from bundle.study.arms import Pretraining
 from bundle.study.piece import BUSY, Piece, main, piece_result
 
-from .made_pieces import TRAIN, datalist, finish, record, result_of
+from .made_pieces import ROOT, TRAIN, datalist, finish, record, result_of
 
 VALIDATION = [record(f"v{i}", i % 2, [0.4, 0.6]) for i in range(4)]
 TEST = [record(f"t{i}", i % 2, [0.1 * i, 1 - 0.1 * i]) for i in range(4)]
@@ -110,6 +111,51 @@ def test_other_cases_and_other_starting_weights_are_refused(done, tmp_path):
         piece_result(started)
 
 
+PRETRAIN = str(ROOT / "configs" / "pretrain.yaml")
+
+
+def test_a_pre_training_is_part_of_what_a_piece_is(done, tmp_path):
+    pretrained = done._replace(pretrain=Pretraining((PRETRAIN,), {"max_epochs": 3}))
+    with pytest.raises(InputError, match="was made otherwise .pretrain that of train.yaml → .*pretrain.yaml"):
+        piece_result(pretrained)
+    pretrained = pretrained._replace(folder=tmp_path / "pretrained_piece")
+    pretrained.folder.mkdir()
+    pretrained.save()
+    assert Piece.load(pretrained.folder) == pretrained
+    finish(pretrained, TEST, VALIDATION)
+    assert piece_result(pretrained)
+    with pytest.raises(InputError, match="was made otherwise .pretrain"):
+        piece_result(pretrained._replace(pretrain=None))
+    overlay = tmp_path / "views.yaml"
+    overlay.write_text("view_steps: []\n")
+    for other in (
+        Pretraining((PRETRAIN,), {"max_epochs": 4}),
+        Pretraining((PRETRAIN,), {"max_epochs": 3, "vicreg_variance": 1.0}),
+        Pretraining((PRETRAIN, str(overlay)), {"max_epochs": 3}),
+    ):
+        with pytest.raises(InputError, match="was made otherwise .*pretrain"):
+            piece_result(pretrained._replace(pretrain=other))
+    # A setting that another version's pretrain.yaml brought makes no difference.
+    content = result_of(pretrained)
+    del content["made_from"]["pretrain::projected_features"]
+    (pretrained.folder / "piece.json").write_text(json.dumps(content))
+    assert piece_result(pretrained)
+
+
+def test_the_training_starts_from_what_was_pre_trained(done, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(module, "run", lambda **given: calls.append(given))
+    module.train(done._replace(pretrain=Pretraining((PRETRAIN,), {"max_epochs": 3})))
+    pre, main_run = calls
+    assert pre["config_file"] == [*done.config_files, PRETRAIN]
+    assert (pre["max_epochs"], pre["fold"], pre["seed"]) == (3, 1, 2)
+    assert pre["output_dir"] == str(done.folder / "pretrained")
+    assert main_run["config_file"] == list(done.config_files)
+    assert main_run["encoder_weights"] == str(done.folder / "pretrained" / "encoder.pt")
+    assert main_run["output_dir"] == str(done.folder)
+    assert "max_epochs" not in main_run
+
+
 def test_another_format_is_refused(done):
     (done.folder / "piece.json").write_text(json.dumps({**result_of(done), "format": 0}))
     with pytest.raises(InputError, match="was made by another version"):
@@ -125,7 +171,8 @@ def test_a_piece_that_another_process_is_at_is_left_alone(done, monkeypatch):
 
 
 def test_what_only_going_on_needs_is_deleted_once_it_is_done(done, monkeypatch):
-    names = ("checkpoint.pt", "checkpoint.previous.pt", ".part-1.pt", "test/.part-2.json")
+    names = ("checkpoint.pt", "checkpoint.previous.pt", ".part-1.pt", "test/.part-2.json", "pretrained/checkpoint.pt")
+    (done.folder / "pretrained").mkdir()
     for name in names:
         (done.folder / name).touch()
     monkeypatch.setattr(module, "do_piece", lambda _: pytest.fail("it was done again"))
