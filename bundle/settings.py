@@ -140,11 +140,20 @@ def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section
 def check_start(encoder_weights: str | Path | None, datalist: str | Path, fold: int) -> None:
     """Refuse to start from an encoder that was trained, with labels or without, on another fold of the datalist.
 
+    Of one that was trained on another datalist nothing is known; that is said on the log.
+
     Raises:
         InputError: when it was: it has seen test cases of this fold.
     """
     seen = {} if encoder_weights is None else trained_on(encoder_weights)
-    if seen and seen["datalist"] == split_of(datalist, fold)["datalist"] and seen["fold"] != fold:
+    if not seen:
+        return
+    if seen["datalist"] != split_of(datalist, fold)["datalist"]:
+        logger.warning(
+            "encoder_weights were trained on another datalist: make sure that no patient of its training part is among "
+            "the validation, test or locked cases of this one"
+        )
+    elif seen["fold"] != fold:
         raise InputError(
             f"encoder_weights were trained on fold {seen['fold']} of this datalist, and test cases of fold {fold} are "
             f"among their training cases: give weights of fold {fold}"

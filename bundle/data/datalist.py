@@ -222,7 +222,7 @@ def class_names(path: str | os.PathLike[str]) -> list[str]:
 
 
 def fold_sizes(path: str | os.PathLike[str]) -> list[dict[str, int]]:
-    """How many cases each section of each fold has: section → number, a dict a fold.
+    """How many cases each section of each fold has: section → number, a dict a fold; the locked ones are in each.
 
     Args:
         path: a datalist made by `scripts/make_datalist`.
@@ -230,4 +230,6 @@ def fold_sizes(path: str | os.PathLike[str]) -> list[dict[str, int]]:
     Raises:
         InputError: the file is missing, corrupt, edited or inconsistent.
     """
-    return [{section: len(fold[section]) for section in SECTIONS} for fold in _read(Path(path))["folds"]]
+    datalist = _read(Path(path))
+    locked = len(datalist.get(LOCKED, []))
+    return [{**{section: len(fold[section]) for section in SECTIONS}, LOCKED: locked} for fold in datalist["folds"]]

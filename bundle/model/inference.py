@@ -31,17 +31,17 @@ def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch
         encoding: how slices go through the encoder.
         precision: type of the weights of the encoder's convolutions and linear layers, that of the autocast in which
             it will run (see `autocast_dtype`), which then need not convert them for every chunk. None keeps float32.
-            Norms, the head and, on a CPU, 3D convolutions stay float32.
+            Norms, the head and, on a CPU, an encoder of stacks of slices stay float32.
 
     Returns:
         The copy, in evaluation mode.
     """
     network = copy.deepcopy(network).requires_grad_(False).eval()
     folded = fold_batch_norms(network.encoder)
-    for module in network.encoder.modules() if precision is not None else ():
-        # 3D convolutions in 16 bit are not to be trusted on a CPU, see VolumeNet.
-        exact = isinstance(module, nn.Conv3d) and module.weight.device.type == "cpu"
-        if isinstance(module, (_ConvNd, nn.Linear)) and not exact:
+    # An encoder of stacks computes in float32 on a CPU, see VolumeNet.
+    exact = not network.slicewise and next(network.encoder.parameters()).device.type == "cpu"
+    for module in network.encoder.modules() if precision is not None and not exact else ():
+        if isinstance(module, (_ConvNd, nn.Linear)):
             module.to(precision)
     laid_out(network.encoder)
     network.encoding = encoding

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,13 @@ class ArmResult(NamedTuple):
     Attributes:
         name: of the arm.
         pieces: folder → result, of the seeds that are whole.
-        by_seed: seed → what it says of all cases.
+        by_seed: seed → what it says of all cases; on locked cases a piece's fold and seed → what it says.
         compared: scores over these seeds.
     """
 
     name: str
     pieces: dict[Path, dict[str, Any]]
-    by_seed: dict[int, OutOfFold]
+    by_seed: dict[Hashable, OutOfFold]
     compared: Compared
 
 
@@ -49,9 +49,9 @@ def collect(name: str, pieces: Sequence[Piece], resamples: int = 1000, seed: int
     whole = {number: folders for number, folders in seeds.items() if all(folder in done for folder in folders)}
     if not whole:
         return None
-    by_seed = {number: out_of_fold(folders) for number, folders in whole.items()}
+    by_seed: dict[Hashable, OutOfFold] = {number: out_of_fold(folders) for number, folders in whole.items()}
     kept = {folder: done[folder] for folders in whole.values() for folder in folders}
-    return ArmResult(name, kept, by_seed, compared(list(by_seed.values()), resamples, seed))
+    return ArmResult(name, kept, by_seed, compared(by_seed, resamples, seed))
 
 
 def mean_steadiness(arm: ArmResult, name: str) -> float:

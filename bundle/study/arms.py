@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,13 +59,19 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
         raise InputError(
             f"{path} is no study ({type(error).__name__}): it needs `stages` (name: seeds, settings) and `arms`"
         ) from None
+    for name, stage in stages.items():
+        if not NAME.fullmatch(name):
+            raise InputError(f"{path}: {name!r} is no name for a stage: use letters, digits, _, - and .")
+        numbers = [seed for seed in stage.seeds if type(seed) is int and seed >= 0]
+        if not numbers or len(set(numbers)) < len(stage.seeds):
+            raise InputError(f"{path}: `seeds` of stage {name} are different whole numbers, not {stage.seeds}")
     arms: dict[str, Arm] = {}
     for name, arm in given.items():
         if not NAME.fullmatch(name) or name in FOLDERS:
             raise InputError(f"{path}: {name!r} is no name for an arm: use letters, digits, _, - and .")
         settings = dict(arm)
         base, files = settings.pop("from", None), settings.pop("files", [])
-        if base is not None and base not in arms:
+        if base is not None and (not isinstance(base, str) or base not in arms):
             raise InputError(f"{path}: arm {name} starts from {base!r}, and there is no such arm above it")
         start = arms[base] if base is not None else Arm((), {})
         pretrain = start.pretrain
@@ -76,7 +82,9 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
     return stages, arms
 
 
-def _paths(files: Sequence[str], study: Path, arm: str) -> tuple[str, ...]:
+def _paths(files: Any, study: Path, arm: str) -> tuple[str, ...]:
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise InputError(f"{study}: `files` of arm {arm} is a list of file names, such as [a.yaml], not {files!r}")
     paths = tuple(str(study.parent / file) for file in files)
     absent = [file for file in paths if not Path(file).is_file()]
     if absent:
@@ -87,7 +95,7 @@ def _paths(files: Sequence[str], study: Path, arm: str) -> tuple[str, ...]:
 def _pretraining(given: Any, study: Path, arm: str) -> Pretraining | None:
     if given is None:  # of an arm that starts from one with it
         return None
-    if not isinstance(given, Mapping) or not isinstance(given.get("files"), list) or not given["files"]:
+    if not isinstance(given, Mapping) or not given.get("files"):
         raise InputError(
             f"{study}: `pretrain` of arm {arm} needs `files`, such as [pretrain.yaml], and may have settings"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ COMPARED: dict[str, str] = {
     **{f"hit_1_{by}": f"share of positive cases whose first slice by {by} is a true one" for by in RANKINGS},
     **{f"slice_auc_{by}": f"ROC area of slice truth within a positive case by {by}, mean" for by in RANKINGS},
 }
+ENSEMBLE = "ensemble_"
 PLAIN = ("auc", "accuracy", "f1_macro", "nll", "brier", "ece")
 
 
@@ -48,50 +49,55 @@ class Figure(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """Scores of an arm, each the mean over its seeds: on the cases themselves, and on each resample of patients.
+    """Scores of an arm: a row a run, first on the cases themselves and then on each of R resamples of patients.
 
     Attributes:
-        values: score → value. `ensemble_<score>` is of the probabilities averaged over the seeds, with more than one.
-        samples: score → (R,) of the resamples.
+        by_run: run (its seed, or fold and seed) → score → (1 + R,).
+        ensemble: the same of the probabilities averaged over the runs; empty with one run.
         cases: names, and with them the resamples, that differences are paired by.
     """
 
-    values: dict[str, float]
-    samples: dict[str, Floats]
+    by_run: dict[Hashable, dict[str, Floats]]
+    ensemble: dict[str, Floats]
     cases: list[str]
 
+    def rows(self, name: str, runs: Iterable[Hashable] | None = None) -> Floats:
+        """(1 + R,) of a score, the mean over these runs (None: all); `ensemble_<score>` of all runs together."""
+        if name.startswith(ENSEMBLE):
+            return self.ensemble[name.removeprefix(ENSEMBLE)]
+        chosen = self.by_run if runs is None else runs
+        return np.asarray(np.mean([self.by_run[run][name] for run in chosen], axis=0), dtype=np.float64)
 
-def compared(by_seed: Sequence[OutOfFold], resamples: int = 1000, seed: int = 0) -> Compared:
-    """Scores of an arm over its seeds, pooled over folds.
+    @property
+    def values(self) -> dict[str, float]:
+        """Score → value on the cases themselves, the mean over the runs; `ensemble_<score>` with several."""
+        names = [*next(iter(self.by_run.values())), *(ENSEMBLE + name for name in self.ensemble)]
+        return {name: float(self.rows(name)[0]) for name in names}
+
+
+def compared(by_run: Mapping[Hashable, OutOfFold], resamples: int = 1000, seed: int = 0) -> Compared:
+    """Scores of an arm over its runs, each pooled over folds.
 
     Args:
-        by_seed: one a seed, all of the same cases.
+        by_run: run → what it says, all of the same cases. Differences between arms are over the runs of both.
         resamples: of patients, with replacement, all their cases with them.
         seed: of the draw. Equal for arms whose differences are asked for.
 
     Raises:
-        InputError: seeds of different cases.
+        InputError: runs of different cases.
     """
-    first = by_seed[0].raw
-    if any(one.raw.cases != first.cases for one in by_seed):
+    every = list(by_run.values())
+    first = every[0].raw
+    if any(one.raw.cases != first.cases for one in every):
         raise InputError("the seeds of an arm have different test cases: see which were refused")
     drawn = patient_weights(first.patients, resamples, seed)
     weights = np.concatenate([np.ones((1, len(first.cases))), drawn])
-    rows = [_scores(one, weights) for one in by_seed]
-    scores = {name: _mean([row[name] for row in rows]) for name in rows[0]}
-    if len(by_seed) > 1:
-        together = np.mean([one.raw.probabilities for one in by_seed], axis=0)
+    ensemble = {}
+    if len(every) > 1:
+        together = np.mean([one.raw.probabilities for one in every], axis=0)
         found = weighted_scores(first.labels, together, together.argmax(axis=1), weights)
-        scores |= {f"ensemble_{name}": found[name] for name in PLAIN}
-    return Compared(
-        {name: float(values[0]) for name, values in scores.items()},
-        {name: values[1:] for name, values in scores.items()},
-        first.cases,
-    )
-
-
-def _mean(rows: Sequence[Floats]) -> Floats:
-    return np.asarray(np.mean(rows, axis=0), dtype=np.float64)
+        ensemble = {name: found[name] for name in PLAIN}
+    return Compared({run: _scores(one, weights) for run, one in by_run.items()}, ensemble, first.cases)
 
 
 def _scores(one: OutOfFold, weights: Floats) -> dict[str, Floats]:
@@ -116,12 +122,13 @@ def _weighted_mean(values: Floats, weights: Floats) -> Floats:
 
 def figure(one: Compared, name: str) -> Figure:
     """A score with its interval over patients."""
-    interval = percentile_interval(one.samples[name])
-    return Figure(one.values[name], interval.low, interval.high)
+    return _figure(one.rows(name))
 
 
 def difference(one: Compared, other: Compared, name: str) -> Figure:
-    """How much larger a score is than that of another arm on the same cases, paired by resample.
+    """How much larger a score is than that of another arm, paired: same cases, same resamples, same runs.
+
+    Runs that one of the two does not have are left out; NaN where none is left, and for an ensemble of other runs.
 
     Raises:
         InputError: the arms have different test cases.
@@ -131,8 +138,16 @@ def difference(one: Compared, other: Compared, name: str) -> Figure:
         raise InputError(
             f"arms can be compared on the same test cases only, and {alone[0]} is in one alone: was it refused there?"
         )
-    interval = percentile_interval(one.samples[name] - other.samples[name])
-    return Figure(one.values[name] - other.values[name], interval.low, interval.high)
+    both = [run for run in one.by_run if run in other.by_run]
+    same = len(both) == len(one.by_run) == len(other.by_run)
+    if not both or (name.startswith(ENSEMBLE) and not same):
+        return Figure(math.nan, math.nan, math.nan)
+    return _figure(one.rows(name, both) - other.rows(name, both))
+
+
+def _figure(rows: Floats) -> Figure:
+    interval = percentile_interval(rows[1:])
+    return Figure(float(rows[0]), interval.low, interval.high)
 
 
 def seed_agreement(by_seed: Sequence[OutOfFold]) -> Mapping[str, float]:

@@ -39,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             judge_locked(pieces)
             folder, look = folder / LOCKED, collect_locked
         result = look(plan.output_dir.name, pieces)
-        if result is None:
+        if result is None and given.report:
             raise InputError("no seed has all its folds done yet: run the same command without --report")
+        if result is None:  # other processes are at the rest, as was said
+            return 0
         report([result], result.name, folder, locked=given.locked)
     return 0
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from tqdm import tqdm
 
@@ -13,9 +10,9 @@ from ..data.datalist import LOCKED
 from ..errors import InputError
 from .arm_results import ArmResult
 from .comparison import compared
-from .out_of_fold import out_of_fold
-from .piece import Piece, evaluated
-from .pieces import PACKAGE, done_pieces
+from .out_of_fold import OutOfFold, out_of_fold
+from .piece import BUSY, Piece, evaluated
+from .pieces import done_pieces, ended_with_us, last_words, piece_command, start
 
 __all__ = ["collect_locked", "judge_locked"]
 
@@ -28,21 +25,21 @@ def judge_locked(pieces: Sequence[Piece], progress: bool = True) -> None:
         progress: show a bar.
 
     Raises:
-        InputError: an evaluation failed, as on a datalist without locked cases.
+        InputError: an evaluation failed, or another process is at it.
     """
     done = done_pieces(pieces)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])}
     for piece in tqdm([p for p in pieces if p.folder in done], desc="locked", unit="piece", disable=not progress):
         if evaluated(piece, LOCKED):
             continue
         piece.save()  # another command may have changed what the process reads
-        with (piece.folder / "log.txt").open("ab") as log:
-            command = [sys.executable, "-m", f"{PACKAGE.name}.study.piece", str(piece.folder), LOCKED]
-            status = subprocess.call(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        if status or not evaluated(piece, LOCKED):
-            lines = (piece.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-            told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or ["it ended early"]
-            raise InputError(f"the locked cases were not judged: {told[-1]} (more in {piece.folder / 'log.txt'})")
+        process = start(piece, 1, lambda one: [*piece_command(one), LOCKED])
+        with ended_with_us({piece.folder: process}):
+            status = process.wait()
+        if status == BUSY:
+            raise InputError(f"another process is at {piece.folder}: run the same command again when it has ended")
+        if status:
+            told = last_words(piece.folder, status)
+            raise InputError(f"the locked cases were not judged: {told} (more in {piece.folder / 'log.txt'})")
 
 
 def collect_locked(name: str, pieces: Sequence[Piece], resamples: int = 1000, seed: int = 0) -> ArmResult | None:
@@ -57,5 +54,7 @@ def collect_locked(name: str, pieces: Sequence[Piece], resamples: int = 1000, se
     done = done_pieces(pieces)
     if not done:
         return None
-    by_piece = {number: out_of_fold([folder], section=LOCKED) for number, folder in enumerate(done)}
-    return ArmResult(name, done, by_piece, compared(list(by_piece.values()), resamples, seed))
+    by_piece: dict[Hashable, OutOfFold] = {
+        (result["fold"], result["seed"]): out_of_fold([folder], section=LOCKED) for folder, result in done.items()
+    }
+    return ArmResult(name, done, by_piece, compared(by_piece, resamples, seed))

@@ -82,7 +82,7 @@ def read_predictions(folder: str | Path) -> Predictions:
 
 def _records(folder: Path) -> list[Record]:
     try:
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "cases").glob("*.json")]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "cases").glob("[!.]*.json")]
         return sorted((record for record in found if record["label"] is not None), key=lambda record: record["case"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'cases'} holds no records ({type(error).__name__}): delete {folder}") from None

@@ -38,6 +38,8 @@ BUSY = 75  # exit status of a piece that another process is at
 SECTIONS = ("validation", "test")
 PRETRAINED = "pretrained"  # the folder of the pre-training within that of the piece
 FORMAT = 1
+# The report calibrates by itself, so the records hold what the network says, even of weights calibrated since.
+AS_TRAINED = {"results::temperature": 1.0, "results::threshold": 0.5, "results::abstain_below": 0.0}
 NO_DIFFERENCE = (*NOT_PART_OF_A_RUN, META, "imports", "threshold", "calibration_temperature", "abstain_below")
 # What takes space and is needed for going on only, and what a killed process may leave.
 LEFT_OVER = ("**/checkpoint.pt", "**/checkpoint.previous.pt", "**/.part-*")
@@ -210,21 +212,22 @@ def evaluate(piece: Piece, section: str) -> None:
     overlay = Path(files[0]).with_name("evaluate.yaml")
     overlay = overlay if overlay.exists() else overlay.with_suffix(".json")
     # Intervals of one fold say little; the study makes those that it reports.
-    asked = {"figure_cases": 0, "resamples": 100, "occlusion": section != "validation"}
+    asked = {"figure_cases": 0, "resamples": 100, "occlusion": section != "validation", **AS_TRAINED}
     settings = {**asked, **piece.settings, "section": section}
     run(config_file=[*files, str(overlay)], **settings, output_dir=str(piece.folder))
 
 
 def do_piece(piece: Piece) -> None:
     """Train, evaluate on both sections, sum up. What is done is not done again."""
-    begun, goes_on = time.monotonic(), (piece.folder / "checkpoint.pt").exists()
+    begun, goes_on = time.monotonic(), any(piece.folder.glob("**/checkpoint.pt"))
+    made_from = piece.made_from()  # now: an overlay may be changed while the training runs
     train(piece)
     for section in SECTIONS:
         evaluate(piece, section)
     # Of the last part alone it would mislead a projection.
     seconds = None if goes_on else round(time.monotonic() - begun, 1)
     piece.save()  # again: another command may have changed it meanwhile
-    write_json(piece.folder / "piece.json", {**_summary(piece), "made_from": piece.made_from(), "seconds": seconds})
+    write_json(piece.folder / "piece.json", {**_summary(piece), "made_from": made_from, "seconds": seconds})
 
 
 def _summary(piece: Piece) -> dict[str, Any]:

@@ -22,7 +22,17 @@ from tqdm import tqdm
 from ..errors import InputError
 from .piece import BUSY, Piece, piece_result
 
-__all__ = ["do_pieces", "done_pieces", "duration", "probe_seconds", "projected_seconds"]
+__all__ = [
+    "do_pieces",
+    "done_pieces",
+    "duration",
+    "ended_with_us",
+    "last_words",
+    "piece_command",
+    "probe_seconds",
+    "projected_seconds",
+    "start",
+]
 
 POLL_SECONDS = 0.2
 # A mistake in the settings of an arm, or a training that diverges, fails its other pieces in the same way.
@@ -65,14 +75,14 @@ def do_pieces(
     failed: dict[Path, str] = {}
     elsewhere, not_begun = 0, 0
     bar = tqdm(total=len(pieces), initial=len(done), desc="pieces", unit="piece", disable=not progress)
-    with bar, _ended_with_us(running):
+    with bar, ended_with_us(running):
         while running or waiting:
             while waiting and len(running) < processes:
                 piece = waiting.pop(0)
                 if sum(folder.parent == piece.folder.parent for folder in failed) >= FAILURES_OF_AN_ARM:
                     not_begun += 1
                 else:
-                    running[piece.folder] = _start(piece, processes, command or _command)
+                    running[piece.folder] = start(piece, processes, command or piece_command)
             time.sleep(POLL_SECONDS)
             for folder, process in list(running.items()):
                 status = process.poll()
@@ -82,7 +92,7 @@ def do_pieces(
                 if status == BUSY:
                     elsewhere += 1
                 elif status != 0:
-                    failed[folder] = _last_words(folder, status)
+                    failed[folder] = last_words(folder, status)
                     bar.write(f"failed: {folder}: {failed[folder]}", file=sys.stderr)
                 bar.update(1)
     if failed:
@@ -96,7 +106,7 @@ def do_pieces(
 
 
 @contextmanager
-def _ended_with_us(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[None]:
+def ended_with_us(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[None]:
     """Let no process outlive this one, be it interrupted or terminated, as by a scheduler; pieces go on later."""
     ours = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if ours else None
@@ -111,11 +121,13 @@ def _ended_with_us(running: Mapping[Path, subprocess.Popen[bytes]]) -> Iterator[
             signal.signal(signal.SIGTERM, before)
 
 
-def _command(piece: Piece) -> list[str]:
+def piece_command(piece: Piece) -> list[str]:
+    """The command that does a piece in a process of its own."""
     return [sys.executable, "-m", f"{PACKAGE.name}.study.piece", str(piece.folder)]
 
 
-def _start(piece: Piece, processes: int, command: Callable[[Piece], list[str]]) -> subprocess.Popen[bytes]:
+def start(piece: Piece, processes: int, command: Callable[[Piece], list[str]]) -> subprocess.Popen[bytes]:
+    """Begin a command for a piece, its output added to the piece's log; it gets its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ, "PYTHONPATH": path}
@@ -123,7 +135,7 @@ def _start(piece: Piece, processes: int, command: Callable[[Piece], list[str]]) 
         return subprocess.Popen(command(piece), env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def _last_words(folder: Path, status: int) -> str:
+def last_words(folder: Path, status: int) -> str:
     """Why a piece failed: the sentence of the error in its log, or how its process ended."""
     lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -173,11 +185,11 @@ def probe_seconds(piece: Piece, processes: int = 1) -> float:
         probe = Piece(Path(folder), piece.config_files, {**piece.settings, **short})
         probe.save()
         begun = time.monotonic()
-        process = _start(probe, processes, lambda piece: [*_command(piece), "train"])
-        with _ended_with_us({probe.folder: process}):
+        process = start(probe, processes, lambda piece: [*piece_command(piece), "train"])
+        with ended_with_us({probe.folder: process}):
             status = process.wait()
         if status:
-            raise InputError(f"a training of two epochs failed: {_last_words(probe.folder, status)}")
+            raise InputError(f"a training of two epochs failed: {last_words(probe.folder, status)}")
         seconds = time.monotonic() - begun
         events = EventAccumulator(str(probe.folder / "events")).Reload()
         first, second = (event.wall_time for event in events.Scalars("train_loss"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 
-from ..data.datalist import fold_sizes
+from ..data.datalist import LOCKED, fold_sizes
 from ..errors import InputError
 from .arms import Pretraining
 from .piece import Piece
@@ -53,6 +53,10 @@ class Plan:
             raise InputError(
                 f"fold {untested[0]} of {datalist} has no test cases: to judge on the official validation part, make "
                 "the datalist with --validation_as_test"
+            )
+        if given.locked and not sizes[0][LOCKED]:
+            raise InputError(
+                f"--locked: {datalist} has no locked cases: make it with scripts/make_datalist --lock SHARE"
             )
         self.settings: dict[str, Any] = {
             "dataset_dir": str(dataset_dir),

@@ -53,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder, look = folder / LOCKED, collect_locked
         found = {name: look(name, group) for name, group in pieces.items()}
         whole = [result for result in found.values() if result is not None]
-        if not whole:
+        if not whole and given.report:
             raise InputError("no arm has all folds of a seed done yet: run the same command without --report")
+        if not whole:  # other processes are at the rest, as was said
+            return 0
         left_out = [name for name, result in found.items() if result is None]
         report(whole, given.reference, folder, left_out, given.locked)
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bundle.data.case_table import CaseColumns
-from bundle.data.datalist import SECTIONS, class_names, content_hash, fold_sizes, load_datalist
+from bundle.data.datalist import LOCKED, SECTIONS, class_names, content_hash, fold_sizes, load_datalist
 from bundle.data.make_datalist import locked_patients, main, make_datalist, make_folds, write_datalist
 from bundle.data.slice_table import SliceColumns
 from bundle.errors import InputError
@@ -257,7 +257,7 @@ def test_a_kept_back_test_part_is_replaced_by_the_validation_part(tmp_path: Path
     arguments = [str(table), "--split", "split", "--validation_as_test", "--out", str(tmp_path / "d.json")]
     assert main(arguments) == 0
     assert json.loads((tmp_path / "d.json").read_text())["folds"] == [fold]
-    assert fold_sizes(tmp_path / "d.json") == [{section: len(fold[section]) for section in SECTIONS}]
+    assert fold_sizes(tmp_path / "d.json") == [{section: len(fold[section]) for section in SECTIONS} | {LOCKED: 0}]
 
 
 def test_only_a_kept_back_test_part_is_replaced(tmp_path: Path, rows: list[dict[str, Any]]) -> None:

@@ -74,6 +74,11 @@ def test_files_do_not_depend_on_the_folder_one_is_in(tmp_path, monkeypatch):
         ({"a": {"pretrain": True}}, "`pretrain` of arm a needs `files`"),
         ({"../a": {}}, "'../a' is no name for an arm"),
         ({"overlays": {}}, "'overlays' is no name for an arm"),
+        ({"locked": {}}, "'locked' is no name for an arm"),
+        ({"a": {"from": ["b"]}}, r"arm a starts from \['b'\], and there is no such arm"),
+        ({"a": {"files": "a.yaml"}}, r"`files` of arm a is a list of file names, such as \[a.yaml\], not 'a.yaml'"),
+        ({"a": {"files": [3]}}, "`files` of arm a is a list of file names"),
+        ({"a": {"files": None}}, "`files` of arm a is a list of file names"),
         (["a"], r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`"),
         ({"a": "soft"}, r"is no study \(ValueError\)"),
     ],
@@ -94,13 +99,20 @@ def test_another_file_is_no_study(tmp_path, text):
         read_study(tmp_path / "s.yaml")
 
 
+@pytest.mark.parametrize("seeds", ["[0, 0]", "'01'", "[x]", "[]", "[-1]", "[true]"])
+def test_seeds_are_different_whole_numbers(tmp_path, seeds):
+    (tmp_path / "s.yaml").write_text(f"stages: {{q: {{seeds: {seeds}, settings: {{}}}}}}\narms: {{a: {{}}}}")
+    with pytest.raises(InputError, match="`seeds` of stage q are different whole numbers"):
+        read_study(tmp_path / "s.yaml")
+
+
 def test_the_studys_own_arms_set_known_keys():
     train = yaml.safe_load((ROOT / "configs" / "train.yaml").read_text())
     stages, arms = read_study(ROOT / "configs" / "study.yaml")
     assert {"before", "after", "default"} <= arms.keys()
     for one in (*stages.values(), *arms.values()):
         assert {key.split("::")[0] for key in one.settings} <= train.keys()
-    merged = {name: (arm.files, repr(sorted(arm.settings.items()))) for name, arm in arms.items()}
+    merged = {name: (arm.files, repr(sorted(arm.settings.items())), repr(arm.pretrain)) for name, arm in arms.items()}
     assert len(set(merged.values())) == len(arms), "two arms are the same"
 
 

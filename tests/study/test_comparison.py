@@ -6,12 +6,17 @@ import pytest
 from bundle.errors import InputError
 from bundle.evaluation.key_slices import RANKINGS
 from bundle.evaluation.scores import score
-from bundle.study.comparison import COMPARED, compared, difference, figure, seed_agreement
+from bundle.study import comparison
+from bundle.study.comparison import COMPARED, difference, figure, seed_agreement
 from bundle.study.out_of_fold import OutOfFold, Predictions
 
 CASES = 30
 PATIENTS = [f"p{i // 2}" for i in range(CASES)]
 LABELS = np.array([0, 1] * (CASES // 2))
+
+
+def compared(seeds, *arguments, **more):
+    return comparison.compared(dict(enumerate(seeds)), *arguments, **more)
 
 
 def made(seed, classes=2, cases=CASES):
@@ -78,7 +83,7 @@ def test_seeds_are_averaged_on_the_cases_and_on_each_resample():
     together = compared([made(seed) for seed in (1, 2, 3)], 30)
     for name in COMPARED:
         assert together.values[name] == pytest.approx(np.mean([one.values[name] for one in parts]))
-        np.testing.assert_allclose(together.samples[name], np.mean([one.samples[name] for one in parts], axis=0))
+        np.testing.assert_allclose(together.rows(name), np.mean([one.rows(name) for one in parts], axis=0))
 
 
 def test_the_ensemble_is_of_averaged_probabilities():
@@ -100,8 +105,22 @@ def test_cases_without_truth_do_not_count():
     some = compared([one._replace(hit=dict.fromkeys(RANKINGS, hit))], 200)
     assert some.values["hit_1_score"] == 0.75
     # Two patients of two cases: a resample has cases of one, of both or of none.
-    assert set(np.round(some.samples["hit_1_score"][np.isfinite(some.samples["hit_1_score"])], 3)) >= {0.5, 1.0, 0.75}
-    assert np.isnan(some.samples["hit_1_score"]).any()
+    samples = some.rows("hit_1_score")[1:]
+    assert set(np.round(samples[np.isfinite(samples)], 3)) >= {0.5, 1.0, 0.75}
+    assert np.isnan(samples).any()
+
+
+def test_differences_are_over_the_runs_of_both():
+    same, better = made(1), made(2)
+    more = comparison.compared({0: same, 1: better}, 50)
+    fewer, others = comparison.compared({0: same}, 50), comparison.compared({2: better}, 50)
+    for name in COMPARED:
+        assert tuple(difference(more, fewer, name)) == tuple(difference(fewer, more, name)) == (0, 0, 0)
+        assert math.isnan(difference(fewer, others, name).value)
+    two = comparison.compared({0: better, 1: same}, 50)
+    assert difference(more, two, "ensemble_auc").value == 0
+    three = comparison.compared({0: same, 1: better, 2: made(3)}, 50)
+    assert math.isnan(difference(more, three, "ensemble_auc").value)
 
 
 def test_other_cases_cannot_be_compared():

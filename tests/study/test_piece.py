@@ -179,3 +179,28 @@ def test_what_only_going_on_needs_is_deleted_once_it_is_done(done, monkeypatch):
     before = {path for path in done.folder.rglob("*") if path.is_file()}
     assert main([str(done.folder)]) == 0
     assert before - set(done.folder.rglob("*")) == {done.folder / name for name in names}
+
+
+def test_a_piece_notes_what_it_was_trained_with(done, monkeypatch):
+    """Not what an overlay says when the training ends."""
+    (done.folder / "piece.json").unlink()
+    before = done.made_from()
+
+    def trained(piece):
+        (piece.folder.parent / "own.yaml").write_text(yaml.safe_dump({**OVERLAY, "lr": 0.7}))
+
+    monkeypatch.setattr(module, "train", trained)
+    monkeypatch.setattr(module, "evaluate", lambda piece, section: None)
+    module.do_piece(done)
+    assert result_of(done)["made_from"] == before
+    with pytest.raises(InputError, match="was made otherwise"):
+        piece_result(done)
+
+
+def test_records_hold_what_the_network_says_even_of_weights_calibrated_since(done, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "run", lambda **settings: asked.append(settings))
+    (done.folder / "model.pt").write_text("calibrated")
+    module.evaluate(done, "locked")
+    assert asked[0]["results::temperature"] == 1
+    assert (asked[0]["results::threshold"], asked[0]["results::abstain_below"]) == (0.5, 0)

@@ -225,7 +225,7 @@ def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
             records = [record(c, y, [1 - q, q], scores=[0, 2, 1], truth=[0, y, 0]) for c, y, q in cases]
             write_records(piece.folder / "locked", records)
         found[arm] = collect_locked(arm, pieces, resamples=50)
-    assert list(found["after"].by_seed) == [0, 1]
+    assert list(found["after"].by_seed) == [(0, 0), (1, 0)]  # fold, seed
     # Three of four pairs of a negative and a positive case in order, in both pieces; and all of them.
     assert found["before"].compared.values["auc"] == pytest.approx(0.75)
     assert found["after"].compared.values["auc"] == found["after"].compared.values["ensemble_auc"] == 1

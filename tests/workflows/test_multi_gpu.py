@@ -21,8 +21,8 @@ from .conftest import ROOT, environment, train_arguments
 # Hard selection, a scorer that no term teaches and batch norm: what several processes get wrong most easily. The last
 # batch of an epoch is one bag for two processes.
 OVERLAYS = ("configs/founding_before.yaml", "configs/multi_gpu_train.yaml")
-# Adam makes a whole step of a gradient that is 0 but for rounding, which differs with the number of processes: rates are
-# a tenth of the overlay's, so that what comes of it over the epochs stays far below what is compared to.
+# Adam makes a whole step of a gradient that is 0 but for rounding, which differs with the number of processes: rates
+# are a tenth of the overlay's, so that what comes of it over the epochs stays far below what is compared to.
 SETTINGS = {"amp": False, "dropout": 0.0, "batch_size": 7, "max_epochs": 4, "lr": 1e-4, "classifier_lr": 1e-4}
 
 
