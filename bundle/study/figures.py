@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from ..results.curves import BLUE, GREEN, ORANGE, PINK, save_figure
 from .arm_results import ArmResult, variance_ratio
@@ -41,6 +41,7 @@ def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[
     panels[1].set_xlabel(f"test NLL less that of {reference}")
     _bars(panels[2], places, [variance_ratio(against, arm) for arm in arms], GREEN)
     panels[2].set(xscale="log", xlabel="times steadier (bar: pieces)")
+    panels[2].xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more numbers would lie over each other
     for formatter in (panels[2].xaxis.set_major_formatter, panels[2].xaxis.set_minor_formatter):
         formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panels[2].axvline(1, color="0.5", linewidth=1)
