@@ -58,6 +58,7 @@ _EXPORTS = {
         "AnnealTemperature BagProgressBar EpochScore GradientClip ScheduleRegularisation TwoPhaseSwitch named_scores"
     ),
     "training.log": "EpochLog",
+    "training.mixing": "MixBags",
     "training.losses": "BagCrossEntropy DualStreamLoss MILFocalLoss",
     "training.pretraining": "LogTerms ViewTrainer save_encoder",
     "training.run": "finish_training start_network",

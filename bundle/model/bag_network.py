@@ -18,6 +18,7 @@ __all__ = [
     "Evidence",
     "class_scores",
     "evidence_of_class",
+    "random_halves",
     "refuse_scripting",
 ]
 
@@ -202,6 +203,33 @@ class Evidence(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, image: Tensor, mask: Optional[Tensor] = None) -> BagOutput:
-        """See `BagNetwork.explain`."""
-        return self.network.explain(image, mask)
+    def forward(self, image: Tensor, mask: Optional[Tensor] = None, halves: bool = False) -> BagOutput:
+        """See `BagNetwork.explain`.
+
+        Args:
+            image: (B, N, C, H, W).
+            mask: (B, N) bool, True = real slice; None: all real.
+            halves: whether the output has 3 B rows: the bags, then one random half of the slices of each, then the
+                other half. The slices are encoded once. A bag of one slice is both of its halves.
+        """
+        if not halves:
+            return self.network.explain(image, mask)
+        if not self.network.slicewise:
+            raise InputError(
+                "lambda_consistency needs a network of single slices: set it to 0 for one of whole volumes"
+            )
+        features = self.network.encode(image, mask)
+        if mask is None:
+            mask = torch.ones(image.shape[:2], dtype=torch.bool, device=features.device)
+        first, second = random_halves(mask)
+        with torch.autocast(device_type=features.device.type, enabled=False):
+            return self.network.head(features.repeat(3, 1, 1), torch.cat((mask, first, second)))
+
+
+def random_halves(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real slices of each bag (B, N) in two random halves; of an odd number the first half has one more."""
+    order = torch.rand(mask.shape).to(mask.device).masked_fill(~mask, float("inf")).argsort(dim=1)
+    rank = order.argsort(dim=1)  # of each slice among the real ones of its bag
+    count = mask.sum(dim=1, keepdim=True)
+    first = mask & (rank < (count + 1) // 2)
+    return first, torch.where(count > 1, mask & ~first, first)

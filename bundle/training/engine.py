@@ -85,14 +85,21 @@ class _Forward:
             return contextlib.nullcontext()
         return torch.autocast(self.state.device.type, dtype=self.amp_dtype)  # type: ignore[attr-defined]
 
-    def _forward(self, engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
-        """Label, mask, logits as `pred` and the BagOutput as `evidence`; the head stays float32 (see the network)."""
+    def _forward(self, engine: Any, batch: dict[str, Any], halves: bool = False) -> dict[str, Any]:
+        """Label, mask, logits as `pred` and the BagOutput as `evidence`; the head stays float32 (see the network).
+
+        With `halves` the logits (2 B, K) of two random halves of each bag too.
+        """
         image, label, (mask,), _ = engine.prepare_batch(
             batch, engine.state.device, engine.non_blocking, **engine.to_kwargs
         )
         with self._autocast():
-            evidence = engine.inferer(image, engine.network, mask)
-        return {Keys.LABEL: label, "mask": mask, Keys.PRED: evidence.logits, "evidence": evidence}
+            evidence = engine.inferer(image, engine.network, mask, **({"halves": True} if halves else {}))
+        given = {Keys.LABEL: label, "mask": mask}
+        if halves:
+            given["halves"] = evidence.logits[len(label) :]
+            evidence = _first(evidence, len(label))
+        return {**given, Keys.PRED: evidence.logits, "evidence": evidence}
 
 
 class BagTrainer(_Forward, SupervisedTrainer):
@@ -149,11 +156,14 @@ class BagTrainer(_Forward, SupervisedTrainer):
             self._step_bags = 0.0
         own = len(batchdata["label"]) if self._batches is None else self._batches.num_own(position)
         count_in_norms(engine.network, own > 0)
-        given = self._forward(engine, batchdata)
+        given = self._forward(engine, batchdata, halves=getattr(engine.loss_function, "lambda_consistency", 0) > 0)
+        target, halves = given[Keys.LABEL], [given.pop("halves")] if "halves" in given else []
+        if target.dim() > 1:
+            given[Keys.LABEL] = target.argmax(dim=1)  # metrics take classes
         # A process without a bag of the batch was given one to take part with, which is left out of everything.
         output = engine.state.output = given if own else {name: _first(value, 0) for name, value in given.items()}
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
-        loss = own * engine.loss_function(given["evidence"], given[Keys.LABEL], given["mask"])  # sum over own bags
+        loss = own * engine.loss_function(given["evidence"], target, given["mask"], *halves)  # sum over own bags
         total, num_bags = add_up([float(loss.detach()), own])
         if not math.isfinite(total):
             cases = ", ".join(case for cases in gathered(batchdata["case"]) for case in cases)

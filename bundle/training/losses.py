@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -12,7 +13,14 @@ from torch.nn import functional
 from ..errors import InputError
 from ..model.bag_network import BagOutput
 
-__all__ = ["BagCrossEntropy", "DualStreamLoss", "MILFocalLoss", "attention_entropy", "selection_confidence"]
+__all__ = [
+    "BagCrossEntropy",
+    "DualStreamLoss",
+    "MILFocalLoss",
+    "attention_entropy",
+    "half_divergence",
+    "selection_confidence",
+]
 
 
 def attention_entropy(attention: Tensor, mask: Tensor, normalise: bool = False) -> Tensor:
@@ -50,6 +58,22 @@ def selection_confidence(scores: Tensor, mask: Tensor) -> Tensor:
     return (highest - lowest).mean(dim=-1)
 
 
+def half_divergence(halves: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, in nats (0 to ln 2), of what two halves of each bag say.
+
+    Args:
+        halves: logits (2 B, K) of first halves, then of second halves.
+
+    Returns:
+        (B,).
+    """
+    logs = functional.log_softmax(halves, dim=-1)
+    first, second = logs.chunk(2)
+    # The logarithm of the mean, without a logarithm of 0 for probabilities that are too small for float32.
+    middle = torch.logaddexp(first, second) - math.log(2)
+    return 0.5 * (first.exp() * (first - middle) + second.exp() * (second - middle)).sum(dim=-1)
+
+
 class _ClassWeighted(nn.Module):
     """Shared by bag losses: class weights as a buffer that follows the device."""
 
@@ -73,7 +97,9 @@ class _ClassWeighted(nn.Module):
 
 
 class BagCrossEntropy(_ClassWeighted):
-    """Cross-entropy of bag logits (B, K) and labels (B,), with label smoothing; the mean over the bags.
+    """Cross-entropy of bag logits (B, K) and labels, with label smoothing; the mean over the bags.
+
+    Labels are classes (B,), or shares of the classes (B, K) that sum to 1.
 
     torch.nn.CrossEntropyLoss divides by the sum of the labels' weights instead. A batch of one bag would then cancel
     its own weight, and a rare class would weigh less the more often it is in the batch. Divided by the number of bags,
@@ -100,6 +126,8 @@ class BagCrossEntropy(_ClassWeighted):
 class MILFocalLoss(_ClassWeighted):
     """Focal loss of bags: mean of -α_y (1 - p_y)^γ log p_y, which turns away from bags that are already right.
 
+    For shares of the classes (B, K) instead of labels (B,) the mean over the classes, by their shares.
+
     Args:
         gamma: γ ≥ 0; 0 gives the cross-entropy.
         class_weights: α, K positive numbers, for the bags of each class; see `BagCrossEntropy`.
@@ -114,16 +142,18 @@ class MILFocalLoss(_ClassWeighted):
         self.gamma = gamma
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
-        log_p = functional.log_softmax(logits, dim=-1).gather(1, label[:, None])[:, 0]  # (B,)
+        log_p = functional.log_softmax(logits, dim=-1)  # (B, K)
+        if label.dim() == 1:
+            label = functional.one_hot(label, logits.shape[-1]).to(log_p)
         # -expm1 keeps 1 - p exact near p = 1; the floor keeps the power's gradient finite there.
         focus = (-torch.expm1(log_p)).clamp_min(1e-12) ** self.gamma
         weights = self._weights_for(logits)
-        weight = torch.ones_like(log_p) if weights is None else weights[label]
-        return -(weight * focus * log_p).mean()
+        weighted = label if weights is None else label * weights
+        return -(weighted * focus * log_p).sum(dim=-1).mean()
 
 
 class DualStreamLoss(nn.Module):
-    """Bag loss + instance-stream loss + λ₁ · (-H(A)) + λ₂ · (-(max s - min s)), each a mean over the bags.
+    """Bag loss + instance-stream loss + λ₁ · (-H(A)) + λ₂ · (-(max s - min s)) + λ₃ · JS, each a mean over the bags.
 
     After a call, `components` holds the detached terms (before their weights) and `nll`, the unsmoothed, unweighted
     negative log-likelihood of the bags in nats.
@@ -133,6 +163,7 @@ class DualStreamLoss(nn.Module):
         instance_weight: of the same bag loss on `instance_stream_logits`; it is what teaches tied scores. 0 for none.
         lambda_entropy: λ₁ ≥ 0; larger spreads the attention.
         lambda_confidence: λ₂ ≥ 0; larger spreads the scores.
+        lambda_consistency: λ₃ ≥ 0, of the divergence between two halves of each bag, see `half_divergence`.
         normalise_entropy: divide the entropy by log n.
         raw_confidence: take the range of the raw scores instead of sigmoid(scores). It has no bound, was seen to
             diverge, and warns.
@@ -146,10 +177,12 @@ class DualStreamLoss(nn.Module):
         lambda_confidence: float = 0.01,
         normalise_entropy: bool = True,
         raw_confidence: bool = False,
+        lambda_consistency: float = 0.0,
     ) -> None:
         super().__init__()
         weights = {
-            "instance_weight": instance_weight, "lambda_entropy": lambda_entropy, "lambda_confidence": lambda_confidence
+            "instance_weight": instance_weight, "lambda_entropy": lambda_entropy,
+            "lambda_confidence": lambda_confidence, "lambda_consistency": lambda_consistency,
         }  # fmt: skip
         for name, value in weights.items():
             if not 0 <= value < float("inf"):
@@ -160,28 +193,41 @@ class DualStreamLoss(nn.Module):
         self.instance_weight = instance_weight
         self.lambda_entropy = lambda_entropy
         self.lambda_confidence = lambda_confidence
+        self.lambda_consistency = lambda_consistency
         self.normalise_entropy = normalise_entropy
         self.raw_confidence = raw_confidence
         self.components: dict[str, Tensor] = {}
 
-    def forward(self, output: BagOutput, label: Tensor, mask: Tensor) -> Tensor:
-        """The total loss, a scalar, of a batch: label (B,) in 0..K-1, mask (B, N)."""
+    def forward(self, output: BagOutput, label: Tensor, mask: Tensor, halves: Tensor | None = None) -> Tensor:
+        """The total loss, a scalar, of a batch.
+
+        Args:
+            output: of the network.
+            label: (B,) in 0..K-1, or (B, K), shares of the classes.
+            mask: (B, N).
+            halves: logits (2 B, K) of two halves of each bag, needed where `lambda_consistency` is not 0.
+        """
         num_classes = output.logits.shape[-1]
-        if bool((label < 0).any() | (label >= num_classes).any()):
+        if label.dim() == 1 and bool((label < 0).any() | (label >= num_classes).any()):
             raise InputError(f"labels must be 0 to {num_classes - 1} for this network, a batch holds {label.tolist()}")
         bag = self.bag_loss(output.logits, label)
         instance = self.bag_loss(output.instance_stream_logits, label)
         entropy = -attention_entropy(output.attention, mask, self.normalise_entropy).mean()
         scores = output.scores if self.raw_confidence else output.scores.sigmoid()
         confidence = -selection_confidence(scores, mask).mean()
+        consistency = bag.new_zeros(()) if halves is None else half_divergence(halves).mean()
         total = bag
         # A weight of 0 takes its term out of the graph instead of multiplying it by 0, which would keep a NaN.
         for weight, term in (
-            (self.instance_weight, instance), (self.lambda_entropy, entropy), (self.lambda_confidence, confidence)
+            (self.instance_weight, instance), (self.lambda_entropy, entropy), (self.lambda_confidence, confidence),
+            (self.lambda_consistency, consistency),
         ):  # fmt: skip
             if weight:
                 total = total + weight * term
         nll = functional.cross_entropy(output.logits.detach().float(), label)
-        terms = {"bag": bag, "instance": instance, "entropy": entropy, "confidence": confidence, "nll": nll}
+        terms = {
+            "bag": bag, "instance": instance, "entropy": entropy, "confidence": confidence, "consistency": consistency,
+            "nll": nll,
+        }  # fmt: skip
         self.components = {name: term.detach() for name, term in terms.items()}
         return total

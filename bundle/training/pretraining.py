@@ -30,7 +30,7 @@ class ViewTrainer(BagTrainer):
     output are the projections; a label is there for MONAI's sake, and is -1.
     """
 
-    def _forward(self, engine: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    def _forward(self, engine: Any, batch: dict[str, Any], halves: bool = False) -> dict[str, Any]:
         image, label, (mask,), _ = engine.prepare_batch(
             batch, engine.state.device, engine.non_blocking, **engine.to_kwargs
         )

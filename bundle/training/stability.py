@@ -20,7 +20,7 @@ from .losses import DualStreamLoss
 
 __all__ = ["StabilityRecorder"]
 
-SUMS = ("bags", "correct", "total", "nll", "bag", "instance", "entropy", "confidence")
+SUMS = ("bags", "correct", "total", "nll", "bag", "instance", "entropy", "confidence", "consistency")
 
 
 class Look(NamedTuple):
@@ -110,7 +110,7 @@ class StabilityRecorder:
         metrics["train_nll_min"], metrics["train_nll_max"] = float(nll.min()), float(nll.max())
         metrics["clipped_share"] = self.clip.clipped / self.clip.steps if self.clip.steps else math.nan
         metrics["train_accuracy"] = float(sums["correct"].sum() / bags.sum())
-        for name in ("bag", "instance", "entropy", "confidence"):
+        for name in SUMS[4:]:
             metrics[f"loss_{name}"] = float(sums[name].sum() / bags.sum())
         metrics["train_eval_accuracy"] = metrics["flip_rate"] = metrics["attention_drift"] = math.nan
         if self.interval and engine.state.epoch % self.interval == 0:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmil.models import DSMIL
 
-from bundle.model.bag_network import BagOutput, Evidence, evidence_of_class
+from bundle.model.bag_network import BagOutput, Evidence, evidence_of_class, random_halves
 from bundle.model.network import DualStreamMIL
 from bundle.model.selection import EntmaxSelection, HardSelection, MeanSelection, SoftSelection, TopKSelection
 
@@ -199,6 +199,29 @@ def test_head_stays_in_float32_under_autocast():
         out = net.explain(image, mask)
     assert all(value.dtype == torch.float32 for value in out)
     torch.testing.assert_close(out.logits, net(image, mask), atol=0.02, rtol=0)
+
+
+def test_halves_share_out_the_real_slices_at_random():
+    mask = torch.arange(9) < torch.tensor([9, 4, 1, 2])[:, None]
+    torch.manual_seed(0)
+    drawn = [random_halves(mask) for _ in range(300)]
+    for first, second in drawn:
+        assert torch.equal(first | second, mask)
+        assert (first.sum(1).tolist(), second.sum(1).tolist()) == ([5, 2, 1, 1], [4, 2, 1, 1])
+        assert not (first & second)[[0, 1, 3]].any()  # the bag of one slice is both of its halves
+    share = torch.stack([first[0].double() for first, _ in drawn]).mean(0)
+    torch.testing.assert_close(share, torch.full((9,), 5 / 9, dtype=torch.float64), atol=0.1, rtol=0)
+
+
+def test_halves_of_the_evidence_are_bags_of_those_slices():
+    net = network()
+    image, mask = batch()
+    torch.manual_seed(5)
+    out = Evidence(net)(image, mask, halves=True)
+    torch.manual_seed(5)
+    halves = random_halves(mask)
+    expected = [net(image, part) for part in (mask, *halves)]
+    torch.testing.assert_close(out.logits, torch.cat(expected))
 
 
 def test_evidence_module_gives_the_same_in_one_pass():

@@ -17,12 +17,13 @@ from bundle.data.collate import collate_bags
 from bundle.data.dataset import BagSampler
 from bundle.errors import InputError, Refusal
 from bundle.model import encoding
-from bundle.model.bag_network import BagOutput, Evidence
+from bundle.model.bag_network import BagOutput, Evidence, random_halves
 from bundle.model.encoder import FrozenBatchNorm2d
 from bundle.model.occlusion import leave_one_out
 from bundle.training.engine import BagEvaluator, BagEvents, autocast_dtype, prepare_bags
 from bundle.training.handlers import GradientClip, named_scores
 from bundle.training.losses import BagCrossEntropy, DualStreamLoss, MILFocalLoss
+from bundle.training.mixing import MixBags
 from bundle.training.schedules import warmup_cosine
 
 from . import processes
@@ -115,6 +116,38 @@ def test_accumulation_equals_one_batch_to_the_last_digits(norm, bag_loss):
         assert_same(parts["steps"][0], whole["steps"][0], rtol=1e-12, atol=1e-14)
         assert_same(parts["weights"], whole["weights"], rtol=1e-12, atol=1e-14)
         assert parts["metrics"][0]["train_loss"] == pytest.approx(whole["losses"][0], rel=1e-12)
+
+
+def test_consistency_compares_halves_of_the_same_slices():
+    """One step with the term, written by hand with the halves that the seed gives."""
+    network, loss = make_network(), make_loss(lambda_consistency=0.5)
+    torch.manual_seed(7)
+    make_trainer(network, cases=2, batch_size=2, loss=loss).run()
+    by_hand, batch = make_network(), make_batch(0, 1)
+    torch.manual_seed(7)
+    features = by_hand.encode(batch["image"], batch["mask"])
+    halves = torch.cat([by_hand.head(features, part).logits for part in random_halves(batch["mask"])])
+    by_hand.train()
+    output = by_hand.explain(batch["image"], batch["mask"])
+    total = make_loss(lambda_consistency=0.5)(output, batch["label"], batch["mask"], halves)
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    total.backward()
+    optimizer.step()
+    assert_same(weights_of(network), weights_of(by_hand), rtol=1e-5, atol=1e-7)
+    assert float(loss.components["consistency"]) > 0
+
+
+def test_mixed_bags_reach_the_loss_as_shares_and_metrics_as_classes():
+    targets, seen = [], []
+    loss = make_loss()
+    loss.register_forward_pre_hook(lambda _, given: targets.append(given[1]))
+    trainer = make_trainer(
+        make_network(), cases=2, batch_size=2, loss=loss, prepare_batch=MixBags(1.0, 2), max_epochs=9
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.output["label"]))
+    trainer.run()
+    assert any(0 < value < 1 for target in targets for value in target.flatten().tolist())
+    assert all(label.tolist() == [0, 1] for label in seen)  # of the larger share, which is a bag's own
 
 
 def test_gradients_are_ready_once_a_step():

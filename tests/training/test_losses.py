@@ -15,6 +15,7 @@ from bundle.training.losses import (
     DualStreamLoss,
     MILFocalLoss,
     attention_entropy,
+    half_divergence,
     selection_confidence,
 )
 
@@ -91,11 +92,52 @@ def test_total_is_the_weighted_sum_of_its_parts():
     confidence = -np.mean([np.ptp(p[m]) for p, m in zip(probability, mask.numpy(), strict=True)])
     assert float(total) == pytest.approx(float(bag + 0.7 * instance) + 0.3 * entropy + 0.2 * confidence, rel=1e-6)
     nll = nn.functional.cross_entropy(output.logits, label)
-    expected = {"bag": bag, "instance": instance, "entropy": entropy, "confidence": confidence, "nll": nll}
+    expected = {
+        "bag": bag, "instance": instance, "entropy": entropy, "confidence": confidence, "consistency": 0.0, "nll": nll
+    }  # fmt: skip
     assert {k: float(v) for k, v in loss.components.items()} == pytest.approx(
         {k: float(v) for k, v in expected.items()}
     )
     assert not any(value.requires_grad for value in loss.components.values())
+
+
+def test_divergence_of_halves_equals_the_loop_and_its_bounds():
+    halves = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    p = halves.detach().softmax(-1).numpy()
+    expected = []
+    for first, second in zip(p[:4], p[4:], strict=True):
+        middle = (first + second) / 2
+        expected.append(
+            sum(a * np.log(a / m) + b * np.log(b / m) for a, b, m in zip(first, second, middle, strict=True)) / 2
+        )
+    np.testing.assert_allclose(half_divergence(halves).detach(), expected, rtol=1e-10)
+    assert torch.autograd.gradcheck(half_divergence, halves)
+    same = torch.tensor([[3.0, -1.0], [3.0, -1.0]])
+    assert float(half_divergence(same)) == pytest.approx(0, abs=1e-7)
+    opposite = torch.tensor([[500.0, -500.0], [-500.0, 500.0]], requires_grad=True)
+    found = half_divergence(opposite)
+    assert found.item() == pytest.approx(math.log(2), rel=1e-6)
+    found.sum().backward()
+    assert torch.isfinite(opposite.grad).all()
+
+
+def test_consistency_enters_the_total_by_its_weight():
+    scores, mask = bags()
+    output, label, halves = make_output(scores, mask), torch.tensor([0, 1, 1]), torch.randn(6, 2)
+    without, with_it = make_loss(), make_loss(lambda_consistency=0.4)
+    added = with_it(output, label, mask, halves) - without(output, label, mask)
+    assert float(added) == pytest.approx(0.4 * float(half_divergence(halves).mean()), rel=1e-5)
+    assert with_it.components["consistency"] == half_divergence(halves).mean()
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+@pytest.mark.parametrize("kind", [lambda w: BagCrossEntropy(0.1, w), lambda w: MILFocalLoss(1.5, w)])
+def test_shares_of_classes_weigh_the_losses_of_the_classes(kind, weights):
+    loss, logits = kind(weights), torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    label = torch.tensor([0, 1, 1, 0])
+    torch.testing.assert_close(loss(logits, nn.functional.one_hot(label, 2).double()), loss(logits, label))
+    one, other = (loss(logits, torch.full((4,), k)) for k in (0, 1))
+    torch.testing.assert_close(loss(logits, torch.tensor([[0.3, 0.7]] * 4).double()), 0.3 * one + 0.7 * other)
 
 
 def test_published_nll_knows_neither_smoothing_nor_class_weights():

@@ -80,6 +80,18 @@ def test_workers_change_no_weight(cohort, trained, tmp_path, monai):
     assert_same(tmp_path / "run" / "model.pt", trained / "model.pt")
 
 
+def test_mixed_bags_and_consistency_train_and_resume(cohort, trained, tmp_path, monai):
+    own = ["--bag_mixing", "1.0", "--lambda_consistency", "1.0"]
+    monai(*train_arguments(cohort, tmp_path / "run"), *own)
+    rows = log(tmp_path / "run")
+    assert all(float(row["loss_consistency"]) > 0 for row in rows)
+    assert all(float(row["loss_consistency"]) == 0 for row in log(trained))
+    assert rows[0]["loss_bag"] != log(trained)[0]["loss_bag"]
+    monai(*train_arguments(cohort, tmp_path / "parts"), *own, "--max_epochs", "2")
+    monai(*train_arguments(cohort, tmp_path / "parts"), *own, "--resume_changed", "true")
+    assert [row["epoch"] for row in log(tmp_path / "parts")] == ["1", "2", "3"]
+
+
 def test_a_finished_run_is_left_alone(cohort, trained, monai):
     before = (trained / "model.pt").stat().st_mtime_ns
     done = monai(*train_arguments(cohort, trained))
@@ -114,6 +126,9 @@ BAD = [
     ("channels", ["a", "b"], "2 are expected"),
     ("encoder_weights", "nothing.pt", "there is no file nothing.pt"),
     ("precision", "fp16", "precision fp16 needs a GPU"),
+    ("bag_mixing", 1.5, "bag_mixing must be a probability from 0 (never) to 1, not 1.5"),
+    ("bag_mixing_label", "both", "bag_mixing_label must be one of share, highest, not 'both'"),
+    ("lambda_consistency", -1.0, "lambda_consistency must be 0 or more, not -1.0"),
     ("grad_clip", 0.0, "grad_clip must be above 0"),
     ("lambda_entropy", -1.0, "must be 0 or more, not -1.0"),
     ("image_size", [4, 4], "at least 8 pixels"),
