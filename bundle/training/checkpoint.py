@@ -62,12 +62,12 @@ class BestModel:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self._fall_back)
+        engine.add_event_handler(Events.COMPLETED, self.fall_back)
 
     def __call__(self, engine: Engine) -> None:
         self._consider(engine)
         if engine.state.epoch >= (engine.state.max_epochs or 0):
-            self._fall_back(engine)  # before the last checkpoint, after which a killed run has nothing left to do
+            self.fall_back(engine)  # before the last checkpoint, after which a killed run has nothing left to do
 
     def _consider(self, engine: Engine) -> None:
         if self.evaluator.state.epoch != engine.state.epoch:
@@ -87,7 +87,8 @@ class BestModel:
             self._save(engine)
             logger.info("epoch %d is the best so far: %s %.4f", self.epoch, self.metric, self.value)
 
-    def _fall_back(self, engine: Engine) -> None:
+    def fall_back(self, engine: Engine) -> None:
+        """Save the weights as they are where no epoch has been the best; for the end of a run."""
         if not self.epoch:
             logger.warning("no epoch had a defined %s to choose by: the last epoch's weights are kept", self.metric)
             self.epoch = engine.state.epoch
@@ -137,6 +138,7 @@ class EarlyStop:
     def __call__(self, engine: Engine) -> None:
         if self.patience and self.best.stale >= self.patience:
             logger.info("no better %s for %d epochs: training stops", self.best.metric, self.best.stale)
+            self.best.fall_back(engine)  # now, while an average of the weights that was judged is in the network
             engine.terminate()
 
 

@@ -16,6 +16,7 @@ import bundle.weights
 from bundle.errors import InputError
 from bundle.model.encoder import with_norm
 from bundle.recipe import Recipe
+from bundle.training.averaging import AverageWeights, ReturnWeights
 from bundle.training.checkpoint import BestModel, Checkpoint, EarlyStop, RandomState
 from bundle.training.handlers import AnnealTemperature
 from bundle.training.log import EpochLog
@@ -92,6 +93,34 @@ def test_epochs_count_once_the_temperature_is_at_its_end(tmp_path):
 def test_no_defined_metric_warns(tmp_path, caplog):
     best_of([NAN, NAN], tmp_path)
     assert "no epoch had a defined val_auc to choose by" in caplog.text
+
+
+def test_a_stop_keeps_the_average_that_was_judged(tmp_path):
+    """With no defined metric, early stopping saves what validation saw: averaged weights, lent for the epoch's end."""
+    network, average_of = make_network(), {}
+    trainer, evaluator = counting_engine(), counting_engine()
+    average = AverageWeights(network, 0.5)
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def step(engine):
+        with torch.no_grad():
+            network.bag_classifier.bias.fill_(engine.state.epoch)
+
+    average.attach(trainer)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def validate(engine):
+        average_of[engine.state.epoch] = network.bag_classifier.bias[0].item()
+        evaluator.state.epoch, evaluator.state.metrics = engine.state.epoch, {"val_auc": NAN}
+
+    best = BestModel(network, RECIPE, tmp_path / "model.pt", evaluator, "val_auc")
+    best.attach(trainer)
+    EarlyStop(best, 3).attach(trainer)
+    ReturnWeights(average).attach(trainer)
+    trainer.run([0], max_epochs=9)
+    saved = read_checkpoint(tmp_path / "model.pt")
+    assert saved["epoch"] == 3
+    assert saved["model"]["bag_classifier.bias"][0].item() == average_of[3] != 3
 
 
 def test_a_metric_that_validation_does_not_give_is_named(tmp_path):
