@@ -34,6 +34,7 @@ _EXPORTS = {
     "model.conv_encoder": "ConvEncoder",
     "model.encoder": "FrozenBatchNorm2d load_encoder_weights with_norm",
     "model.encoding": "SliceEncoding",
+    "model.ensemble": "EnsembleNetwork",
     "model.inference": "for_inference",
     "model.network": "DualStreamMIL",
     "model.projection": "ProjectedViews",

@@ -159,15 +159,14 @@ def _pack_module(module: str, folder: Path) -> list[str]:
 
 def _card_section(recipe: Recipe, weights: dict[str, Any]) -> str:
     height, width = recipe["image_size"]
-    chosen = "".join(f", {metric} {value:.3f}" for metric, value in weights["chosen_by"].items())
     return f"""{CARD_SECTION}
 - Classes: {", ".join(recipe["class_names"])}
 - Channels: {", ".join(recipe["channels"])}
 - Slices: {recipe["slicing_axis"]}, {height} × {width} pixels, {recipe["neighbours"]} neighbours on each side
-- Network: {_network(recipe)}; norm: {recipe["norm"]}
+- Network: {_network(recipe)}
 - Operating point: probability {recipe["threshold"]:.4g}
 - Calibration: temperature {recipe["calibration_temperature"]:.4g}; abstains {_abstention(recipe)}
-- Weights: epoch {weights["epoch"]}{chosen} (on the cases that chose the epoch)
+- Weights: {_epoch(weights)}
 - Recipe: {weights["recipe"]}
 
 Research use only; not for diagnosis. From this folder, with Python 3.10 to 3.13:
@@ -178,9 +177,21 @@ Research use only; not for diagnosis. From this folder, with Python 3.10 to 3.13
 
 
 def _network(recipe: Recipe) -> str:
-    name = recipe["network_def"]["_target_"].rpartition(".")[2]
-    # Of other networks these two settings say nothing.
-    return f"{name}, selection {recipe['selection']}, scorer {recipe['scorer']}" if name == "DualStreamMIL" else name
+    definition = recipe["network_def"]
+    name = definition["_target_"].rpartition(".")[2]
+    if name == "EnsembleNetwork":  # whose members may differ in all that follows
+        kinds = [member["_target_"].rpartition(".")[2] for member in definition["members"]]
+        return f"the mean of {len(kinds)} networks ({', '.join(dict.fromkeys(kinds))})"
+    if name == "DualStreamMIL":  # of other networks these two settings say nothing
+        name += f", selection {recipe['selection']}, scorer {recipe['scorer']}"
+    return f"{name}; norm: {recipe['norm']}"
+
+
+def _epoch(weights: dict[str, Any]) -> str:
+    if weights["epoch"] is None:
+        return "of several trainings"
+    chosen = "".join(f", {metric} {value:.3f}" for metric, value in weights["chosen_by"].items())
+    return f"epoch {weights['epoch']}{chosen} (on the cases that chose the epoch)"
 
 
 def _abstention(recipe: Recipe) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from monai.bundle import ConfigComponent, ConfigExpression, ConfigParser
 
 from .data.cases import split_of
+from .data.datalist import LOCKED
 from .errors import InputError
 from .files import file_hash
 from .recipe import Recipe
@@ -119,10 +120,12 @@ def check_config(*workflows: str, weights: str | Path | None = None, trusted_mod
 
 
 def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section: str) -> None:
-    """Refuse to evaluate weights on another fold of the datalist that they were trained on.
+    """Refuse to evaluate weights on cases of their datalist that they were trained on.
+
+    The weights of an ensemble may be of several folds. Locked cases are in no fold.
 
     Raises:
-        InputError: when they were: the other fold's test cases are among their training cases.
+        InputError: when they were: another fold's test and validation cases are among the training cases.
     """
     trained_on = read_checkpoint(weights).get("trained_on") or {}
     if not trained_on:
@@ -130,10 +133,17 @@ def check_held_out(weights: str | Path, datalist: str | Path, fold: int, section
     here = split_of(datalist, fold)
     if here["datalist"] != trained_on["datalist"]:
         logger.warning("the weights were trained on another datalist: make sure that no patient is in both")
-    elif here["fold"] != trained_on["fold"]:
+    elif isinstance(folds := trained_on["fold"], list):
+        if section != LOCKED:
+            raise InputError(
+                f"these weights are of an ensemble over folds {', '.join(map(str, folds))} of this datalist, so there "
+                f"is no fold whose {section} cases none of its members has seen: evaluate it on section {LOCKED} or on "
+                "another datalist"
+            )
+    elif section != LOCKED and here["fold"] != folds:
         raise InputError(
-            f"the weights were trained on fold {trained_on['fold']} of this datalist, and the {section} cases of fold "
-            f"{fold} are among their training cases: set fold to {trained_on['fold']}"
+            f"the weights were trained on fold {folds} of this datalist, and the {section} cases of fold {fold} are "
+            f"among their training cases: set fold to {folds}"
         )
 
 

@@ -360,7 +360,8 @@ def test_every_export_is_for_a_config_or_for_people_who_write_one():
     for_python = {
         "BagOutput", "EpochScore", "FrozenBatchNorm2d", "InputError", "Refusal", "load_encoder_weights",
     }  # fmt: skip
-    assert set(bundle.__all__) - used <= for_python
+    in_recipes = {"EnsembleNetwork"}  # of weights that scripts/ensemble makes
+    assert set(bundle.__all__) - used <= for_python | in_recipes
 
 
 def two_folds(tmp_path: Path, seed: int) -> Path:
@@ -384,6 +385,16 @@ def test_weights_are_not_evaluated_on_another_fold_of_their_datalist(tmp_path, c
         check_held_out(weights, two_folds(tmp_path, 0), 0, "test")
     check_held_out(weights, two_folds(tmp_path, 1), 0, "test")
     assert "another datalist" in caplog.text
+
+
+def test_locked_cases_are_in_no_fold_and_an_ensemble_may_be_of_several(tmp_path):
+    weights, here = tmp_path / "model.pt", two_folds(tmp_path, 0)
+    seen = split_of(here, 1)
+    for folds in (1, [0, 1]):
+        save_atomically({"model": {}, "trained_on": {**seen, "fold": folds}}, weights)
+        check_held_out(weights, here, 0, "locked")
+    with pytest.raises(InputError, match="ensemble over folds 0, 1 .* no fold whose test cases none .* section locked"):
+        check_held_out(weights, here, 1, "test")
 
 
 def test_an_encoder_of_another_fold_is_no_start(tmp_path):
