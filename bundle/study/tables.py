@@ -116,7 +116,6 @@ def _steadiness(arms: Sequence[ArmResult], against: ArmResult) -> list[Row]:
     for arm in arms:
         ratio = variance_ratio(against, arm)
         known = arm.name != against.name and math.isfinite(ratio.value)
-        spread = _of_pieces(arm, "probability_sd")
         rows.append(
             {
                 "last third of the epochs": arm.name,
@@ -124,7 +123,7 @@ def _steadiness(arms: Sequence[ArmResult], against: ArmResult) -> list[Row]:
                 "its variance": _number(mean_steadiness(arm, "nll_variance"), 4),
                 "times steadier": f"{ratio.value:.1f} ({ratio.low:.1f}–{ratio.high:.1f})" if known else "",
                 **{head: _number(mean_steadiness(arm, name)) for name, head in STEADINESS_HEADS.items()},
-                "sd of test probabilities": _number(float(np.mean(spread))) if spread else "",
+                "sd of test probabilities": _number(_mean(_of_pieces(arm, "probability_sd"))),
             }
         )
     return rows
@@ -158,6 +157,10 @@ def _of_pieces(arm: ArmResult, *keys: str) -> list[float]:
     for key in keys:
         found = [one.get(key) for one in found if one is not None]
     return [float(value) for value in found if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
 
 
 def _mean_and_sd(values: Sequence[float]) -> str:
@@ -197,6 +200,7 @@ def write_arms(arms: Sequence[ArmResult], reference: str, path: Path) -> None:
                 row |= _named(f"{name}_difference", difference(arm.compared, against.compared, name))
         row |= _named("times_steadier", variance_ratio(against, arm))
         row |= {name: mean_steadiness(arm, name) for name in STEADINESS}
+        row["probability_sd"] = _mean(_of_pieces(arm, "probability_sd"))
         rows.append(row)
     _write(rows, path)
 

@@ -13,7 +13,7 @@ from bundle.study.figures import draw_validation
 from bundle.study.locked import collect_locked
 from bundle.study.piece import Piece
 from bundle.study.report import report
-from bundle.study.tables import study_text
+from bundle.study.tables import study_text, write_arms
 
 from .made_pieces import TRAIN, datalist, finish, record, write_records
 
@@ -93,6 +93,9 @@ def test_tables_say_what_was_computed_by_hand(tmp_path):
     assert steady["training − validation"] == "0.100"  # 0.9 − 0.8
     assert "flips" not in steady  # a column of nothing
     assert steady["sd of test probabilities"] == "0.275"  # of 0.9 and 0.4, and of 0.8 and 0.2
+
+    write_arms([before, other], "before", tmp_path / "arms.csv")
+    assert rows_of(tmp_path / "arms.csv")[0]["probability_sd"] == "0.275"
 
     calibration, _ = found["calibration"]
     nll = -np.mean(np.log([0.9, 0.6, 0.8, 0.8]))

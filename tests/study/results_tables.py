@@ -1,0 +1,150 @@
+"""The tables of docs/results.md, from docs/results/*_arms.csv, which `scripts/stability_study` wrote as arms.csv.
+
+python -m tests.study.results_tables, from the repository root, writes every table anew that stands under a line such as
+<!-- table: side_confirm scores --> or <!-- table: side_screen short before after -->: file, kind, and arms (all).
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["filled"]
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "results.md"
+MARKED = re.compile(r"(<!-- table: (\w+) (\w+)((?: \w+)*) -->\n\n)((?:\|.*\n)*)")
+
+Row = Mapping[str, str]
+Column = Callable[[Row], str]
+
+
+def number(text: str, digits: int = 3) -> str:
+    """Without the zero before the point, as the page writes scores; empty where there is none."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{float(text):.{digits}f}").replace("-", "−") if text else ""
+
+
+def plain(name: str, digits: int = 3) -> Column:
+    return lambda row: number(row.get(name, ""), digits)
+
+
+def interval(name: str) -> Column:
+    def told(row: Row) -> str:
+        low, high = number(row.get(f"{name}_low", "")), number(row.get(f"{name}_high", ""))
+        return f"{number(row[name])} ({low}–{high})" if row.get(name) else ""
+
+    return told
+
+
+def signed(name: str) -> Column:
+    def one(text: str) -> str:
+        return ("" if text.startswith("-") else "+") + number(text)
+
+    def told(row: Row) -> str:
+        if not row.get(name) or (not float(row[f"{name}_low"]) and not float(row[f"{name}_high"])):
+            return ""  # the arm itself
+        return f"{one(row[name])} ({one(row[f'{name}_low'])} to {one(row[f'{name}_high'])})"
+
+    return told
+
+
+def times(row: Row) -> str:
+    value, low, high = (row.get(f"times_steadier{end}", "") for end in ("", "_low", "_high"))
+    if not value or float(low) == float(high) == 1:
+        return ""  # the arm itself
+    return f"{float(value):.1f} ({float(low):.1f}–{float(high):.1f})"
+
+
+def validation_sd(row: Row) -> str:
+    return f"{number(row['val_accuracy_sd'])} ({number(row['val_sampling_error'])})"
+
+
+HITS: dict[str, Column] = {
+    "hit@1 by score": interval("hit_1_score"),
+    "by attention": plain("hit_1_attention"),
+    "by occlusion": plain("hit_1_occlusion"),
+}
+KINDS: dict[str, dict[str, Column]] = {
+    "scores": {
+        "seeds": lambda row: row["seeds"],
+        "AUC": interval("auc"),
+        "AUC against {reference}, paired": signed("auc_difference"),
+        "macro F1": plain("f1_macro"),
+        **HITS,
+    },
+    "steadiness": {
+        "batch NLL": plain("nll_mean"),
+        "its variance": plain("nll_variance"),
+        "times steadier than {reference}": times,
+        "training accuracy": plain("train_accuracy"),
+        "validation accuracy, sd (by sampling alone)": validation_sd,
+        "its range": plain("val_accuracy_range"),
+        "training − validation": plain("train_minus_validation"),
+        "flips": plain("flip_rate", 2),
+        "clipped": plain("clipped_share", 2),
+        "sd of test probabilities": plain("probability_sd", 2),
+        "calibrated NLL": plain("calibrated_nll"),
+    },
+    "short": {
+        "AUC": interval("auc"),
+        "macro F1": plain("f1_macro"),
+        "hit@1 by score": plain("hit_1_score"),
+        "by attention": plain("hit_1_attention"),
+        "batch NLL": plain("nll_mean"),
+        "its variance": plain("nll_variance"),
+        "times steadier than {reference}": times,
+        "validation accuracy, sd": plain("val_accuracy_sd"),
+        "flips": plain("flip_rate", 2),
+        "clipped": plain("clipped_share", 2),
+        "calibrated NLL": plain("calibrated_nll"),
+    },
+    "accuracy": {
+        "AUC": interval("auc"),
+        "against {reference}, paired": signed("auc_difference"),
+        "accuracy": interval("accuracy"),
+        "macro F1": plain("f1_macro"),
+        "batch NLL": plain("nll_mean"),
+        "its variance": plain("nll_variance"),
+        "calibrated NLL": plain("calibrated_nll"),
+    },
+    "locked": {
+        "AUC, mean of the trainings": interval("auc"),
+        "against {reference}, paired": signed("auc_difference"),
+        "AUC of all together": interval("ensemble_auc"),
+        "macro F1": plain("f1_macro"),
+        **HITS,
+        "calibrated NLL": plain("calibrated_nll"),
+    },
+}
+
+
+def table(rows: Sequence[Row], kind: str, arms: Sequence[str]) -> str:
+    """Markdown; columns of which no row has anything are left out."""
+    by_arm = {row["arm"]: row for row in rows}
+    itself = [row["arm"] for row in rows if float(row["auc_difference_low"]) == float(row["auc_difference_high"]) == 0]
+    shown = [by_arm[name] for name in arms or by_arm]
+    cells = {
+        head.format(reference=f"`{itself[0]}`"): [column(row) for row in shown] for head, column in KINDS[kind].items()
+    }
+    cells = {"arm": [f"`{row['arm']}`" for row in shown], **{head: c for head, c in cells.items() if any(c)}}
+    lines = [list(cells), ["---"] * len(cells), *zip(*cells.values(), strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def filled(page: str, folder: Path) -> str:
+    """The page with its marked tables made anew from the files of the folder."""
+
+    def one(match: re.Match[str]) -> str:
+        with (folder / f"{match[2]}_arms.csv").open(newline="", encoding="utf-8") as file:
+            return match[1] + table(list(csv.DictReader(file)), match[3], match[4].split())
+
+    return MARKED.sub(one, page)
+
+
+if __name__ == "__main__":
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(filled(page, PAGE.with_suffix("")), encoding="utf-8")
+    sys.stdout.write(f"{len(MARKED.findall(page))} tables of {PAGE.relative_to(ROOT)} written\n")
