@@ -38,8 +38,8 @@ def small(cohort, tmp_path_factory):
     return folder
 
 
-def pretrain(small, output, monai, *settings, **options):
-    files = ["configs/train.yaml", "configs/pretrain.yaml", str(small / "pre.yaml")]
+def pretrain(small, output, monai, *settings, overlays=(), **options):
+    files = ["configs/train.yaml", *overlays, "configs/pretrain.yaml", str(small / "pre.yaml")]
     given = ["--dataset_dir", str(small), "--output_dir", str(output), *settings]
     return monai("run", "--config_file", str(files), *given, **options)
 
@@ -142,3 +142,13 @@ def test_an_arm_of_a_study_pre_trains_before_its_training(small, tmp_path):
     assert content["trained_on"]["fold"] == 1
     assert f"encoder weights from encoder.pt: {len(content['encoder'])} tensors used" in (piece / "log.txt").read_text()
     assert not list(piece.rglob("checkpoint*.pt"))
+
+
+def test_the_recipe_that_did_best_runs_in_two_commands(small, monai, tmp_path):
+    best = "configs/best.yaml"
+    pretrain(small, tmp_path / "pre", monai, "--max_epochs", "1", "--warmup_epochs", "0", overlays=[best])
+    encoder = tmp_path / "pre" / "encoder.pt"
+    assert any(name.endswith("running_mean") for name in weights(encoder))  # of batch norms
+    done = monai(*train_arguments(small, tmp_path / "run", best), "--encoder_weights", str(encoder))
+    assert "0 missing (none), 0 unused (none)" in done.stdout + done.stderr
+    assert torch.load(tmp_path / "run" / "model.pt", weights_only=True)["metric"] == "val_nll"
