@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import InputError, command_line
 from .model.ensemble import EnsembleNetwork
 from .recipe import CALIBRATION, Recipe
@@ -43,18 +45,20 @@ def make_ensemble(models: Sequence[str | Path], out: str | Path, trusted_modules
         raise InputError(f"--out: {out} is one of the members; give another file")
     contents = [read_checkpoint(path) for path in paths]
     recipes = [Recipe.load(path, tuple(trusted_modules)) for path in paths]
+    _check_alike(paths, recipes)
     for index, (path, content) in enumerate(zip(paths, contents, strict=True)):
         if "members" in recipes[index]["network_def"]:
             raise InputError(f"{path} is an ensemble: give its members instead")
         for earlier in range(index):
             if contents[earlier]["model"].keys() == content["model"].keys() and all(
-                bool((contents[earlier]["model"][name] == tensor).all()) for name, tensor in content["model"].items()
+                torch.equal(contents[earlier]["model"][name], tensor) for name, tensor in content["model"].items()
             ):
                 raise InputError(f"{path} holds the same weights as {paths[earlier]}: give each member once")
-    _check_alike(paths, recipes)
     network = EnsembleNetwork(
         [load_network(recipe.build("network_def"), path) for recipe, path in zip(recipes, paths, strict=True)]  # type: ignore[misc]
     )
+    # What a head alone can tell is told before anything is saved.
+    network.head(torch.zeros(1, 1, network.num_features), torch.ones(1, 1, dtype=torch.bool))
     shared = {
         key: value
         for key, value in recipes[0].config.items()
@@ -69,7 +73,6 @@ def make_ensemble(models: Sequence[str | Path], out: str | Path, trusted_modules
         "epoch": None,
         "trained_on": _trained_on(paths, contents),
     }
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_atomically(content, out)
 
 
@@ -87,14 +90,17 @@ def _check_alike(paths: Sequence[Path], recipes: Sequence[Recipe]) -> None:
 def _trained_on(paths: Sequence[Path], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Datalist and folds that any member has seen; one fold as a number, so that its test cases may be evaluated."""
     known = [dict(content.get("trained_on") or {}) for content in contents]
-    for path, one in zip(paths[1:], known[1:], strict=True):
-        if one.get("datalist") != known[0].get("datalist"):
-            raise InputError(
-                f"{path} and {paths[0]} were trained on different datalists: nothing could tell which "
-                "cases none of them has seen"
-            )
-    if not known[0]:
+    silent = [path for path, one in zip(paths, known, strict=True) if not {"datalist", "fold"} <= one.keys()]
+    if len(silent) == len(paths):
         return {}
+    if silent:
+        raise InputError(f"{silent[0]} does not tell what it was trained on, as other members do: train it again")
+    for path, one in zip(paths[1:], known[1:], strict=True):
+        if one["datalist"] != known[0]["datalist"]:
+            raise InputError(
+                f"{path} and {paths[0]} were trained on different datalists: nothing could tell which cases none of "
+                "them has seen"
+            )
     folds = sorted({one["fold"] for one in known})
     return {"datalist": known[0]["datalist"], "fold": folds[0] if len(folds) == 1 else folds}
 

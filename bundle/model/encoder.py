@@ -145,6 +145,8 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> WeightReport:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"encoder_weights: {path.name} is no file of tensors that torch.load reads safely") from error
+    if isinstance(content, dict) and any(str(name).startswith("members.") for name in content.get("model") or ()):
+        raise InputError(f"encoder_weights: {path.name} is an ensemble: give the file of one of its members")
     own = encoder.state_dict()
     given, others = _plain_names(content, own)
     if not given:

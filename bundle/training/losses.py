@@ -210,6 +210,10 @@ class DualStreamLoss(nn.Module):
         num_classes = output.logits.shape[-1]
         if label.dim() == 1 and bool((label < 0).any() | (label >= num_classes).any()):
             raise InputError(f"labels must be 0 to {num_classes - 1} for this network, a batch holds {label.tolist()}")
+        if label.dim() == 2 and label.shape[1] != num_classes:
+            raise InputError(f"labels are shares of {label.shape[1]} classes for a network of {num_classes}")
+        if self.lambda_consistency and halves is None:
+            raise InputError("lambda_consistency needs what the network says of two halves of each bag")
         bag = self.bag_loss(output.logits, label)
         instance = self.bag_loss(output.instance_stream_logits, label)
         entropy = -attention_entropy(output.attention, mask, self.normalise_entropy).mean()

@@ -20,7 +20,8 @@ class MixBags:
     """`prepare_bags`, and then some slices of some bags make room for slices of another bag of the batch.
 
     A bag that is mixed keeps more than half of its n slices: how many are replaced is uniform over 0 to (n - 1) // 2,
-    which ones is random, and as many random slices of a random other bag take their places (all, where that has fewer).
+    which ones is random, and as many random slices of another bag take their places (all, where it has fewer). The
+    other bag is one of the same batch and process; where there is none, nothing is mixed.
 
     Args:
         probability: of a bag to be mixed, in [0, 1]; with 0 it is `prepare_bags`.
@@ -54,10 +55,10 @@ class MixBags:
             return image, label, (mask,), extra
         mixed, shares = image.clone(), functional.one_hot(label, self.num_classes).to(torch.float32)
         classes = shares.clone()
-        partners = torch.randperm(len(label)).tolist()
-        for bag, partner in enumerate(partners):
-            if partner == bag or torch.rand(()).item() >= self.probability:
+        for bag in range(len(label) if len(label) > 1 else 0):
+            if torch.rand(()).item() >= self.probability:
                 continue
+            partner = (bag + 1 + int(torch.randint(len(label) - 1, ()))) % len(label)
             own, other = mask[bag].nonzero()[:, 0], mask[partner].nonzero()[:, 0]
             taken = min(int(torch.randint((len(own) + 1) // 2, ())), len(other))
             places, sources = own[_order(own)[:taken]], other[_order(other)[:taken]]
@@ -71,5 +72,5 @@ class MixBags:
 
 
 def _order(values: Tensor) -> Tensor:
-    # On the CPU, whose generator is seeded for every epoch.
+    # By the CPU's generator, whatever the device, so that a seed gives the same bags on all.
     return torch.randperm(len(values)).to(values.device)

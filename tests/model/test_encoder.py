@@ -299,3 +299,10 @@ def test_files_that_are_no_weights_are_one_sentence_and_run_nothing(tmp_path):
 def test_report_names_a_few_keys():
     report = WeightReport(("a",), (), tuple("bcdef"), ())
     assert str(report) == "1 tensors used, 0 adapted (none), 5 missing (b, c, d, e, …), 0 unused (none)"
+
+
+def test_an_ensemble_is_no_start_for_one_encoder(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"model": {"encoder.0.conv1.weight": torch.zeros(1), "members.0.temperature": torch.tensor(1.0)}}, path)
+    with pytest.raises(InputError, match="model.pt is an ensemble: give the file of one of its members"):
+        load_encoder_weights(resnet(3), path)

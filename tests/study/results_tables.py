@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["filled"]
+__all__ = ["MARKED", "filled"]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results.md"

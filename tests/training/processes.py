@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from bundle.data.collate import collate_bags
 from bundle.data.dataset import BagSampler
 from bundle.errors import InputError
+from bundle.model import bag_network
 from bundle.model.bag_network import Evidence
 from bundle.model.encoder import FrozenBatchNorm2d
 from bundle.model.encoding import SliceEncoding
@@ -86,6 +87,8 @@ SCENARIOS |= {
     "frozen encoder": {"frozen": True},
     "frozen encoder, batch norm": {"frozen": True, "norm": "batch"},
     "batch norms of one dimension and without momentum": {"wide_norm": True, "norm": "batch"},
+    "consistency": {"terms": {"lambda_consistency": 1e3}, "cases": 7, "batch_size": 3, "accumulation_steps": 2},
+    "consistency, batch norm": {"terms": {"lambda_consistency": 1e3}, "norm": "batch"},
     "recomputed": {"recompute": True},
     "recomputed, batch norm": {"recompute": True, "norm": "batch", "wide_norm": True},
     "float32": {"dtype": torch.float32},
@@ -194,8 +197,17 @@ def same_noise(noise: Tensor) -> Tensor:
     return noise.copy_((0.2 + (place * 0.7).sin() ** 2).expand_as(noise))
 
 
+def same_halves(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of random halves: every other slice."""
+    even = torch.arange(mask.shape[1]) % 2 == 0
+    return mask & even, mask & ~even
+
+
 def run(name: str) -> dict[str, Any]:
-    with mock.patch.object(torch.Tensor, "exponential_", same_noise):
+    with (
+        mock.patch.object(torch.Tensor, "exponential_", same_noise),
+        mock.patch.object(bag_network, "random_halves", same_halves),
+    ):
         return Run(**SCENARIOS[name])()
 
 

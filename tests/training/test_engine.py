@@ -120,7 +120,7 @@ def test_accumulation_equals_one_batch_to_the_last_digits(norm, bag_loss):
 
 def test_consistency_compares_halves_of_the_same_slices():
     """One step with the term, written by hand with the halves that the seed gives."""
-    network, loss = make_network(), make_loss(lambda_consistency=0.5)
+    network, loss = make_network(), make_loss(lambda_consistency=1e4)
     torch.manual_seed(7)
     make_trainer(network, cases=2, batch_size=2, loss=loss).run()
     by_hand, batch = make_network(), make_batch(0, 1)
@@ -129,12 +129,14 @@ def test_consistency_compares_halves_of_the_same_slices():
     halves = torch.cat([by_hand.head(features, part).logits for part in random_halves(batch["mask"])])
     by_hand.train()
     output = by_hand.explain(batch["image"], batch["mask"])
-    total = make_loss(lambda_consistency=0.5)(output, batch["label"], batch["mask"], halves)
+    total = make_loss(lambda_consistency=1e4)(output, batch["label"], batch["mask"], halves)
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.1)
     total.backward()
     optimizer.step()
     assert_same(weights_of(network), weights_of(by_hand), rtol=1e-5, atol=1e-7)
     assert float(loss.components["consistency"]) > 0
+    plain = trained(cases=2, batch_size=2)
+    assert max(float((value - plain[name]).abs().max()) for name, value in weights_of(network).items()) > 1e-4
 
 
 def test_mixed_bags_reach_the_loss_as_shares_and_metrics_as_classes():

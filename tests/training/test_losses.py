@@ -128,6 +128,10 @@ def test_consistency_enters_the_total_by_its_weight():
     added = with_it(output, label, mask, halves) - without(output, label, mask)
     assert float(added) == pytest.approx(0.4 * float(half_divergence(halves).mean()), rel=1e-5)
     assert with_it.components["consistency"] == half_divergence(halves).mean()
+    with pytest.raises(InputError, match="lambda_consistency needs"):
+        with_it(output, label, mask)
+    with pytest.raises(InputError, match="shares of 3 classes for a network of 2"):
+        without(output, torch.full((3, 3), 1 / 3), mask)
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])

@@ -65,8 +65,8 @@ def test_the_probability_is_that_of_a_bag():
     for _ in range(1000):
         image, *_ = mixing(batch, CPU)
         mixed += int((owners(image) != torch.tensor([[1], [2]])).any(dim=1).sum())
-    # Partner: half of all permutations of two; probability .3; at least one of 0 to 29 slices: 29/30.
-    assert mixed / 2000 == pytest.approx(0.5 * 0.3 * 29 / 30, abs=0.025)
+    # At least one of 0 to 29 slices: 29/30.
+    assert mixed / 2000 == pytest.approx(0.3 * 29 / 30, abs=0.03)
 
 
 def test_the_highest_class_wins_where_one_slice_decides():
@@ -76,6 +76,13 @@ def test_the_highest_class_wins_where_one_slice_decides():
         image, shares, _, _ = MixBags(1.0, 2, "highest")(batch, CPU)
         assert shares[1].tolist() == [0, 1]
         assert shares[0].tolist() == ([0, 1] if (owners(image)[0] == 2).any() else [1, 0])
+
+
+def test_a_bag_that_is_alone_stays_as_it_is():
+    batch = batch_of(6, labels=(1,))
+    image, shares, _, _ = MixBags(1.0, 2)(batch, CPU)
+    assert torch.equal(image, batch["image"])
+    assert shares.tolist() == [[0, 1]]
 
 
 def test_a_seed_gives_the_same_bags_again():

@@ -1,5 +1,6 @@
 """Two trainings as one network through the command line: made, calibrated, evaluated, packaged, run alone."""
 
+import copy
 import csv
 import json
 import shutil
@@ -91,6 +92,28 @@ def changed(weights: Path, out: Path, **changes) -> Path:
     return out
 
 
+def untrained(weights: Path, out: Path, num_classes: int = 2, scorer: str = "tied", first_width: int = 8) -> Path:
+    """Weights of another network, with the rest of a recipe."""
+    content, recipe = read_checkpoint(weights), Recipe.load(weights)
+    definition = copy.deepcopy(recipe["network_def"])
+    definition |= {"scorer": scorer, "num_classes": num_classes}
+    definition["encoder"]["encoder"]["block_inplanes"][0] = first_width
+    other = Recipe(
+        {**recipe.config, "network_def": definition, "class_names": [f"class {k}" for k in range(num_classes)]}
+    )
+    state = other.build("network_def").state_dict()
+    save_atomically({**content, "model": state, "recipe": other.text, "recipe_hash": other.hash}, out)
+    return out
+
+
+def test_members_may_be_of_other_widths(models, tmp_path):
+    wide = untrained(models[0], tmp_path / "wide.pt", first_width=24)
+    narrow = untrained(models[0], tmp_path / "narrow.pt")
+    ensemble(narrow, wide, "--out", tmp_path / "a.pt")
+    ensemble(wide, narrow, "--out", tmp_path / "b.pt")
+    assert len(Recipe.load(tmp_path / "b.pt")["network_def"]["members"]) == 2
+
+
 def test_cases_that_a_member_has_seen_are_not_evaluated(cohort, models, tmp_path, monai):
     seen = read_checkpoint(models[1])["trained_on"]
     other = changed(models[1], tmp_path / "other.pt", trained_on={**seen, "fold": 2})
@@ -111,10 +134,16 @@ def test_members_that_do_not_fit_together_are_refused(models, together, tmp_path
         ([first, changed(second, tmp_path / "a.pt", image_size=[64, 64])], "differ in image_size"),
         ([first, changed(second, tmp_path / "b.pt", class_names=["a", "b"])], "differ in class_names"),
         ([first, changed(second, tmp_path / "c.pt", trained_on={"datalist": "x", "fold": 0})], "different datalists"),
+        ([first, changed(second, tmp_path / "d.pt", trained_on={})], "d.pt does not tell what it was trained on"),
+        (
+            [untrained(first, tmp_path / f"{scorer}.pt", 3, scorer) for scorer in ("tied", "separate")],
+            "differ in their score columns",
+        ),
     ):
-        assert said in ensemble(*given, "--out", tmp_path / "out.pt", status=2)
+        assert said in ensemble(*given, "--out", tmp_path / "out.pt", status=2), given
         assert not (tmp_path / "out.pt").exists()
     assert "is one of the members" in ensemble(first, second, "--out", first, status=2)
+    assert "cannot write" in ensemble(first, second, "--out", first / "below" / "out.pt", status=2)
 
 
 def test_what_differs_in_training_leaves_the_recipe_and_calibration_starts_anew(models, tmp_path):
