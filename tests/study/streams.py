@@ -50,6 +50,8 @@ def main(arms: list[str]) -> None:
     """Print a row an arm."""
     print(f"{'AUC':32}" + "".join(f"{stream:>18}" for stream in STREAMS))
     for arm in map(Path, arms):
+        if not any(arm.glob("*/piece.json")):
+            raise SystemExit(f"{arm} holds no finished training: give the folder of an arm")
         seeds: dict[int, dict[str, Said]] = {}
         for folder in sorted(path.parent for path in arm.glob("*/piece.json")):
             pooled = seeds.setdefault(Piece.load(folder).settings["seed"], {stream: {} for stream in STREAMS})
