@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.command import ROOT, run_module
+
 TINY = {
     "image_size": [32, 32],
     "bag_size": 6,
@@ -80,11 +81,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def monai() -> Command:
     """Runs `python -m monai.bundle …` in the repository root and gives what it printed; checks the exit status."""
 
-    def run(
-        *arguments: str, status: int = 0, cwd: Path = ROOT, timeout: float = 240
-    ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "monai.bundle", *arguments]
-        done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    def run(*arguments: str, status: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        done = run_module("monai.bundle", *arguments, environment=environment(), timeout=timeout)
         assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         return done
 

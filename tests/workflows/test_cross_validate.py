@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from tests.command import run_module
+
 from .conftest import ROOT, environment
 
 SMALL = {
@@ -51,7 +53,8 @@ def command(small: Path, cohort: Path, output: Path, *more: str, module: str = "
 
 
 def run(words: list[str], status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    assert words[:2] == [sys.executable, "-m"]
+    done = run_module(*words[2:], environment=environment(), timeout=400)
     assert done.returncode == status, f"exit status {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
 

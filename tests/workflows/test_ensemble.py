@@ -14,14 +14,14 @@ import torch
 from bundle.ensemble import make_ensemble
 from bundle.recipe import Recipe
 from bundle.weights import read_checkpoint, save_atomically
+from tests.command import run_module
 
-from .conftest import ROOT, environment, train_arguments
+from .conftest import environment, train_arguments
 from .test_calibrate import arguments, inference, table
 
 
 def ensemble(*given: str | Path, status: int = 0) -> str:
-    command = [sys.executable, "-m", "bundle.ensemble", *map(str, given)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = run_module("bundle.ensemble", *given, environment=environment())
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -32,8 +32,7 @@ def models(cohort, trained, tmp_path_factory) -> list[Path]:
     """Weights of two trainings of fold 0: another seed, and another recipe of training."""
     output = tmp_path_factory.mktemp("second") / "run"
     own = ["--seed", "1", "--norm", "batch", "--max_epochs", "2", "--lambda_entropy", "0.0"]
-    command = [sys.executable, "-m", "monai.bundle", *train_arguments(cohort, output), *own]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True, timeout=240)
+    run_module("monai.bundle", *train_arguments(cohort, output), *own, environment=environment()).check_returncode()
     return [trained / "model.pt", output / "model.pt"]
 
 
@@ -68,8 +67,7 @@ def test_everything_takes_it_as_any_other_weights(cohort, models, together, tmp_
 
 
 def test_its_package_runs_alone(cohort, together, tmp_path):
-    command = [sys.executable, "-m", "bundle.package", str(together), str(tmp_path)]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True, timeout=240)
+    run_module("bundle.package", together, tmp_path, environment=environment()).check_returncode()
     folder = tmp_path / "dual_stream_mil"
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", "--dataset_dir"]
     command += [str(cohort / "images"), "--device", "cpu", "--progress", "false", "--case_names", "path"]

@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 import yaml
 
 from bundle.data.cases import split_of
+from tests.command import run_module
 
 from .conftest import ROOT, TINY, environment, train_arguments
 
@@ -129,10 +128,10 @@ def test_an_arm_of_a_study_pre_trains_before_its_training(small, tmp_path):
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "bundle.study.stability_study", "--study", str(tmp_path / "study.yaml")]
+    command = ["bundle.study.stability_study", "--study", str(tmp_path / "study.yaml")]
     command += ["--stage", "quick", "--config_file", str(["configs/train.yaml", str(small / "tiny.yaml")])]
     command += ["--dataset_dir", str(small), "--output_dir", str(output), "--folds", "1", "--piece", "0"]
-    subprocess.run(command, check=True, cwd=ROOT, env=environment(), capture_output=True, timeout=240)
+    run_module(*command, environment=environment()).check_returncode()
     (piece,) = output.glob("pretrained/seed0_fold1")
     result = json.loads((piece / "piece.json").read_text())
     assert result["max_epochs"] == 2
