@@ -38,7 +38,7 @@ RANGES = {
     "max_epochs": (1, math.inf), "batch_size": (1, math.inf), "accumulation_steps": (1, math.inf),
     "val_interval": (1, math.inf), "num_workers": (0, math.inf), "stability_cases": (1, math.inf),
     "early_stop_patience": (0, math.inf), "weight_decay": (0, math.inf), "lr": (0, math.inf),
-    "classifier_lr": (0, math.inf), "dropout": (0, 0.99), "weight_average": (0, 0.99999),
+    "classifier_lr": (0, math.inf), "dropout": (0, 0.99), "instance_gradient": (0, 1), "weight_average": (0, 0.99999),
     "threshold": (0.001, 0.999), "abstain_below": (0, 1), "calibration_temperature": (0.01, 100),
     "resamples": (1, math.inf), "eval_batch_size": (1, math.inf), "num_key_slices": (1, math.inf),
     "figure_cases": (0, math.inf),

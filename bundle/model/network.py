@@ -35,9 +35,11 @@ class DualStreamMIL(BagNetwork):
             "separate" (a linear layer of its own, S = 1).
         query_features: d, length of the query vectors.
         dropout: on the features before the value layer, in [0, 1).
+        instance_gradient: share, in [0, 1], of the gradient of scores and instance stream that reaches the features. At
+            0 the bag stream alone teaches the encoder, and the scores read what it has learned.
 
     Raises:
-        InputError: on another scorer or sizes below 1.
+        InputError: on another scorer, sizes below 1 or a share outside [0, 1].
         ValueError: in `forward`, on an image that is not (B, N, num_channels, H, W).
 
     Source: Li, Li, Eliceiri, CVPR 2021, arXiv:2011.08939, equations 2–6; the hard selection with `tied` is theirs.
@@ -53,10 +55,14 @@ class DualStreamMIL(BagNetwork):
         scorer: str = "tied",
         query_features: int = 128,
         dropout: float = 0.0,
+        instance_gradient: float = 1.0,
     ) -> None:
         super().__init__(encoder, selection, num_channels, num_features, num_classes)
         if scorer not in ("tied", "separate"):
             raise InputError(f"scorer must be 'tied' or 'separate', not {scorer!r}")
+        if not 0 <= instance_gradient <= 1:
+            raise InputError(f"instance_gradient must be in [0, 1], not {instance_gradient}")
+        self.instance_gradient = float(instance_gradient)
         self.instance_classifier = nn.Linear(num_features, num_classes)
         self.num_scores = num_classes if scorer == "tied" and num_classes > 2 else 1  # S
         self.scorer: nn.Module = nn.Linear(num_features, 1) if scorer == "separate" else nn.Identity()
@@ -69,14 +75,20 @@ class DualStreamMIL(BagNetwork):
 
     def head(self, features: Tensor, mask: Tensor) -> BagOutput:
         """Both streams on features (B, N, F) with mask (B, N)."""
-        instance_logits = self.instance_classifier(features)  # (B, N, K)
+        # The same values; of their gradient `instance_gradient` goes on.
+        scored = features
+        if self.instance_gradient < 1.0:
+            scored = features.detach() + self.instance_gradient * (features - features.detach())
+        instance_logits = self.instance_classifier(scored)  # (B, N, K)
         if self.tied:
             scores = class_scores(instance_logits)  # (B, N, S)
         else:
-            scores = self.scorer(features)  # (B, N, 1)
+            scores = self.scorer(scored)  # (B, N, 1)
         weights = self.selection(scores, mask, self.temperature)  # (B, N, S)
         critical = weights.transpose(1, 2) @ features  # (B, S, F)
-        instance_stream = self.instance_classifier(critical)  # (B, S, K)
+        # The bag stream asks by the critical embedding itself, so its gradient reaches the features as ever.
+        classified = critical if self.instance_gradient == 1.0 else weights.transpose(1, 2) @ scored
+        instance_stream = self.instance_classifier(classified)  # (B, S, K)
         if self.num_scores > 1:
             instance_stream_logits = instance_stream.diagonal(0, 1, 2)  # class k from its own critical embedding
         else:

@@ -10,7 +10,14 @@ from torchmil.models import DSMIL
 
 from bundle.model.bag_network import BagOutput, Evidence, evidence_of_class, random_halves
 from bundle.model.network import DualStreamMIL
-from bundle.model.selection import EntmaxSelection, HardSelection, MeanSelection, SoftSelection, TopKSelection
+from bundle.model.selection import (
+    EntmaxSelection,
+    HardSelection,
+    MeanSelection,
+    SoftSelection,
+    StraightThroughSelection,
+    TopKSelection,
+)
 
 
 class Flat(nn.Module):
@@ -117,6 +124,39 @@ def test_gradients_of_the_head_are_right():
     features = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     assert torch.autograd.gradcheck(lambda h: net.head(h, mask).logits, features)
+
+
+def head_with_share(share, scorer, selection=None):
+    """A head on fixed features, all of it made from one seed: (network, features that want a gradient, output)."""
+    torch.manual_seed(0)
+    net = DualStreamMIL(Flat(), selection or SoftSelection(), 1, 6, 2, scorer, instance_gradient=share).double()
+    features = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    return net, features, net.head(features, mask)
+
+
+def gradient(of, wrt):
+    """Of the sum of squares of a tensor; zeros where none arrives."""
+    (found,) = torch.autograd.grad(of.square().sum(), [wrt], retain_graph=True, allow_unused=True)
+    return torch.zeros_like(wrt) if found is None else found
+
+
+@pytest.mark.parametrize("selection", [SoftSelection(), HardSelection(), StraightThroughSelection()])
+@pytest.mark.parametrize("scorer", ["tied", "separate"])
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_share_of_the_instance_streams_gradient_reaches_the_features(share, scorer, selection):
+    whole_net, whole_features, whole = head_with_share(1.0, scorer, selection)
+    net, features, out = head_with_share(share, scorer, selection)
+    for ours, theirs in zip(out, whole, strict=True):  # no value changes, to the last bit
+        assert torch.equal(ours, theirs)
+    for name in ("instance_stream_logits", "instance_logits", "scores"):
+        expected = share * gradient(getattr(whole, name), whole_features)
+        torch.testing.assert_close(gradient(getattr(out, name), features), expected)
+    # The classifier learns as ever, and the bag stream still teaches the features.
+    for name in ("instance_stream_logits", "instance_logits"):
+        expected = gradient(getattr(whole, name), whole_net.instance_classifier.weight)
+        torch.testing.assert_close(gradient(getattr(out, name), net.instance_classifier.weight), expected)
+    assert (gradient(out.bag_stream_logits, features)[out.attention[..., 0] > 0].abs().sum(dim=1) > 0).all()
 
 
 def loop_dsmil(net: DualStreamMIL, h: np.ndarray, num_classes: int) -> np.ndarray:
@@ -242,5 +282,7 @@ def test_bad_input_is_named():
         net(torch.rand(3, 2, 16, 16))
     with pytest.raises(ValueError, match="'tied' or 'separate'"):
         network(scorer="both")
+    with pytest.raises(ValueError, match=r"instance_gradient must be in \[0, 1\], not 1.5"):
+        DualStreamMIL(Small(), SoftSelection(), num_features=12, instance_gradient=1.5)
     with pytest.raises(ValueError, match="must give"):
         network(features=5, encoder=Small(1, 12))(torch.rand(1, 3, 1, 16, 16))
