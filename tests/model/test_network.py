@@ -224,6 +224,14 @@ def test_scripted_network_equals_eager(num_classes, selection):
     torch.testing.assert_close(scripted.explain(image, mask).attention, net.explain(image, mask).attention)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_cut_gradient_scripts_and_exports():
+    image, mask = batch()
+    net = DualStreamMIL(Small(), SoftSelection(), num_features=12, instance_gradient=0.0).eval()
+    torch.testing.assert_close(torch.jit.script(net)(image, mask), net(image, mask))
+    torch.testing.assert_close(torch.export.export(net, (image,)).module()(image), net(image))
+
+
 def test_entmax_network_exports():
     net = network(selection=EntmaxSelection())
     image, _ = batch()
