@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from bundle.data.cases import split_of
+from bundle.recipe import Recipe
 from tests.command import run_module
 
 from .conftest import ROOT, TINY, environment, train_arguments
@@ -151,3 +152,4 @@ def test_the_recipe_that_did_best_runs_in_two_commands(small, monai, tmp_path):
     done = monai(*train_arguments(small, tmp_path / "run", best), "--encoder_weights", str(encoder))
     assert "0 missing (none), 0 unused (none)" in done.stdout + done.stderr
     assert torch.load(tmp_path / "run" / "model.pt", weights_only=True)["metric"] == "val_nll"
+    assert Recipe.load(tmp_path / "run" / "model.pt").build("network_def").instance_gradient == 0.0
