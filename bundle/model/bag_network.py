@@ -167,7 +167,8 @@ class BagNetwork(nn.Module):
     def encode_slices(self, slices: Tensor) -> Tensor:
         """Features (M, F) in float32 of slices (M, C, H, W), or of stacks of slices (M, C, N, H, W)."""
         if slices.dim() == 4:
-            slices = slices.contiguous(memory_format=torch.channels_last)
+            # Not `contiguous`, which leaves one channel as it is, as either layout: kernels would go by its strides.
+            slices = slices.to(slices.dtype, memory_format=torch.channels_last)
         if torch.jit.is_scripting():
             self.check_channels(slices)
             features = self.encoder(slices).to(torch.float32)

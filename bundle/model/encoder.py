@@ -88,7 +88,7 @@ def laid_out(encoder: nn.Module) -> nn.Module:
     # Module.to(memory_format=...) refuses an encoder with 3D convolutions, which gain nothing by it on a CPU.
     for parameter in encoder.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)
     return encoder
 
 

@@ -56,7 +56,7 @@ class EncodeStagesd(Transform):
 
     def _encoded(self, slices: Tensor, device: torch.device) -> Tensor:
         cast = torch.autocast(device.type, dtype=self._dtype) if self._dtype else contextlib.nullcontext()
-        slices = slices.to(device).contiguous(memory_format=torch.channels_last)
+        slices = slices.to(device, memory_format=torch.channels_last)
         with torch.no_grad(), cast:
             features = self._encoding(self._stages.to(device), slices).float()
         return features.reshape(*features.shape, 1, 1) if features.dim() == 2 else features.contiguous()

@@ -121,6 +121,24 @@ def test_planes_are_laid_out_and_volumes_left():
     assert all(torch.equal(module.weight, old) for module, old in zip(encoder, before, strict=True))
 
 
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_every_plane_of_an_encoder_is_channels_last(num_channels):
+    network = start_network(DualStreamMIL(resnet(num_channels), SoftSelection(), num_channels, 16)).eval()
+    seen = []
+
+    def note(module, inputs, output):
+        # By strides, as kernels choose: a tensor of one channel or one pixel is contiguous in either layout.
+        seen.extend(plane.stride(1) for plane in (*inputs, output) if plane.shape[2:].numel() > 1)
+
+    for module in network.encoder.modules():
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            module.register_forward_hook(note)
+    with torch.inference_mode():
+        network(torch.rand(1, 2, num_channels, 64, 64))
+    assert len(seen) > 20
+    assert set(seen) == {1}
+
+
 def test_eps_and_affine_are_kept():
     encoder = nn.Sequential(nn.BatchNorm2d(8, eps=1e-3, affine=False))
     assert with_norm(encoder, "frozen_batch")[0].eps == 1e-3

@@ -63,7 +63,7 @@ def training_cell(run: Run, size: int, norm: str) -> dict[str, Any]:
     def limit() -> Measure:
         known = run.store.get(f"{name}-limit") or {}
         slices = torch.rand(settings.batch_size * settings.bag_size, 1, size, size, device=run.device)
-        slices = slices.contiguous(memory_format=torch.channels_last)
+        slices = slices.to(memory_format=torch.channels_last)
         network = network_of(settings.device, changes).train()
         forms = training_forms(
             stock_encoder(norm, settings.shape), network, run.low, run.device, by_slice=norm != "batch",
