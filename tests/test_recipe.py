@@ -361,12 +361,12 @@ def test_an_own_module_that_cannot_be_imported_is_one_sentence(own_module):
 
 
 def test_what_a_config_says_otherwise_is_named():
-    recipe = recipe_of(norm="group", spacing=[1.0, 1.0, -1.0])
+    recipe = recipe_of(norm="instance", spacing=[1.0, 1.0, -1.0])
     base = train_config().config
     assert recipe.disagreements(base, base) == []
     assert recipe.disagreements({**base, "spacing": [1.0, 1.0, -1.0]}, base) == []
-    assert recipe.disagreements({**base, "norm": "batch", "bag_size": 12}, base) == [
-        "norm is 'batch' in the config, but the weights were trained with 'group'",
+    assert recipe.disagreements({**base, "norm": "group", "bag_size": 12}, base) == [
+        "norm is 'group' in the config, but the weights were trained with 'instance'",
         "bag_size is 12 in the config, but the weights were trained with 64",
     ]
     assert recipe.disagreements({**base, "class_names": "$@recipe['class_names']"}, base) == []
