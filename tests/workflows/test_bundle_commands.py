@@ -230,10 +230,10 @@ def test_a_static_definition_that_is_not_the_weights_is_refused(package, trained
     config = json.loads((package / "configs" / "inference.json").read_text())
     assert recipe.disagreements(config, config) == []
     changed = json.loads(json.dumps(config))
-    changed["network_def"]["encoder"]["norm"] = "batch"
+    changed["network_def"]["encoder"]["norm"] = "group"
     changed["preprocessing"]["transforms"].pop()
     first, second = recipe.disagreements(changed, changed)
-    assert first == "network_def::encoder::norm is 'batch' in the config, but the weights were trained with 'group'"
+    assert first == "network_def::encoder::norm is 'group' in the config, but the weights were trained with 'batch'"
     assert second.startswith("preprocessing::transforms is [")
     other = tmp_path / "model.pt"
     another = Recipe({**recipe.config, "network_def": changed["network_def"]})
@@ -247,7 +247,7 @@ def test_a_static_definition_that_is_not_the_weights_is_refused(package, trained
             weights=str(other),
             **settings,
         )
-    assert "network_def::encoder::norm is 'group' in the config" in str(input_error_behind(error.value))
+    assert "network_def::encoder::norm is 'batch' in the config" in str(input_error_behind(error.value))
     assert not (tmp_path / "out").exists()
 
 

@@ -31,7 +31,7 @@ def ensemble(*given: str | Path, status: int = 0) -> str:
 def models(cohort, trained, tmp_path_factory) -> list[Path]:
     """Weights of two trainings of fold 0: another seed, and another recipe of training."""
     output = tmp_path_factory.mktemp("second") / "run"
-    own = ["--seed", "1", "--norm", "batch", "--max_epochs", "2", "--lambda_entropy", "0.0"]
+    own = ["--seed", "1", "--norm", "group", "--max_epochs", "2", "--lambda_entropy", "0.0"]
     run_module("monai.bundle", *train_arguments(cohort, output), *own, environment=environment()).check_returncode()
     return [trained / "model.pt", output / "model.pt"]
 
