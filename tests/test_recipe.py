@@ -376,5 +376,5 @@ def test_what_a_config_says_otherwise_is_named():
 
 
 def test_a_value_left_at_the_bundles_default_says_nothing():
-    recipe, base = recipe_of(norm="batch", bag_size=8), train_config().config
+    recipe, base = recipe_of(norm="group", bag_size=8), train_config().config
     assert recipe.disagreements(base, base) == []

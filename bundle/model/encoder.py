@@ -132,7 +132,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> WeightReport:
             training, "encoder.".
 
     Returns:
-        The report, which is logged too.
+        The report, which is logged too. Batch norms that find scale and shift but no statistics are warned of.
 
     Raises:
         InputError: when the file is absent, is no weights file, has a tensor of another shape, lacks a weight, or has
@@ -190,6 +190,12 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> WeightReport:
         unused=(*(name for name in given if name not in own), *others),
     )
     logger.info("encoder weights from %s: %s", path.name, report)
+    kept = ".running_mean"
+    if any(name.removesuffix(kept) + ".weight" in taken for name in missing if name.endswith(kept)):
+        logger.warning(
+            "encoder_weights: %s holds no running statistics for batch norms, so it was trained with another norm: "
+            "set norm as it was, or they start anew (and stay so in frozen stages)", path.name
+        )  # fmt: skip
     return report
 
 

@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 COUNTS = ("epoch", "batch")
 # What a person who watches wants to know; the table has the rest.
-TOLD = ("train_loss", "train_nll_var", "train_accuracy", "val_accuracy", "val_auc", "flip_rate", "temperature")
+TOLD = (
+    "train_loss", "train_nll_var", "train_accuracy", "val_nll", "val_accuracy", "val_auc", "flip_rate", "temperature"
+)  # fmt: skip
 
 
 class EpochLog:

@@ -179,6 +179,16 @@ def test_a_frozen_norm_without_statistics_warns(tmp_path, caplog):
 # --- weights ---
 
 
+@pytest.mark.parametrize(
+    ("trained", "now", "warned"),
+    [("group", "batch", True), ("batch", "batch", False), ("group", "group", False), ("batch", "group", False)],
+)
+def test_batch_norms_that_find_no_statistics_are_told(trained, now, warned, tmp_path, caplog):
+    path = saved(with_norm(resnet(1), trained).state_dict(), tmp_path / "w.pt")
+    load_encoder_weights(with_norm(resnet(1), now), path)
+    assert ("it was trained with another norm" in caplog.text) == warned
+
+
 def test_weights_of_torchvision_load_by_name_and_give_the_same_features(tmp_path, caplog):
     source, encoder = Torchvision().eval(), resnet(3).eval()
     path = saved(source.state_dict(), tmp_path / "resnet18.pth")

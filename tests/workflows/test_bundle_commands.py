@@ -132,11 +132,11 @@ def test_packaged_train_describes_the_weights_and_still_takes_settings(package, 
     recipe = Recipe.load(trained / "model.pt")
     config = json.loads((package / "configs" / "train.json").read_text())
     assert Recipe.of_parser(ConfigParser(config)).config == recipe.config
-    changed = Recipe.of_parser(ConfigParser({**config, "selection": "hard", "neighbours": 1, "norm": "batch"}))[
+    changed = Recipe.of_parser(ConfigParser({**config, "selection": "hard", "neighbours": 1, "norm": "group"}))[
         "network_def"
     ]
     assert changed["selection"] == {"_target_": "bundle.HardSelection"}
-    assert changed["encoder"]["norm"] == "batch"
+    assert changed["encoder"]["norm"] == "group"
     assert changed["num_channels"] == changed["encoder"]["encoder"]["n_input_channels"] == 3
     assert changed["num_features"] == 32
 

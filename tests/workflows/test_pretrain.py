@@ -144,7 +144,7 @@ def test_an_arm_of_a_study_pre_trains_before_its_training(small, tmp_path):
     assert not list(piece.rglob("checkpoint*.pt"))
 
 
-def test_the_default_recipe_runs_in_two_commands(small, monai, tmp_path):
+def test_the_default_recipe_starts_from_a_pre_trained_encoder(small, monai, tmp_path):
     pretrain(small, tmp_path / "pre", monai, "--max_epochs", "1", "--warmup_epochs", "0")
     encoder = tmp_path / "pre" / "encoder.pt"
     assert any(name.endswith("running_mean") for name in weights(encoder))  # of batch norms

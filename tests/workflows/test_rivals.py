@@ -53,7 +53,7 @@ def test_there_is_an_overlay_for_each():
 def test_an_overlay_changes_the_network_and_what_its_loss_needs(rival):
     overlay = yaml.safe_load(RIVALS[rival].read_text())
     needed = {"network_def", "instance_weight", "lambda_entropy", "lambda_confidence", "best_after_annealing"}
-    assert overlay.keys() - needed == ({"sampling_strategy"} if rival == "volume_net" else set())
+    assert overlay.keys() - needed == ({"sampling_strategy", "norm"} if rival == "volume_net" else set())
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / "train.yaml"), str(RIVALS[rival])])
     parser.update({"bundle_root": str(ROOT), "checked": "$bundle.check_config('train')"})
