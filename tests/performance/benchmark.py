@@ -47,7 +47,7 @@ from .training_part import profile_training, training_cell
 
 __all__ = ["main"]
 
-PARTS, NORMS = ("train", "infer", "before", "growth", "agreement"), ("group", "batch")
+PARTS, NORMS = ("train", "infer", "before", "growth", "agreement"), ("batch", "group")
 
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, settings: Settings | None = Non
         help="train, infer, before, growth (these four) and agreement, which needs --weights and --datalist", **words,
     )  # fmt: skip
     parser.add_argument("--sizes", default=["128", "224"], metavar="A,B", help="pixels of a slice (128,224)", **words)
-    parser.add_argument("--norms", default=list(NORMS), metavar="A,B", help="group, batch (both)", **words)
+    parser.add_argument("--norms", default=list(NORMS), metavar="A,B", help="batch, group (both)", **words)
     parser.add_argument("--repeats", type=int, help="of each measurement (4; 3 for large slices)")
     parser.add_argument("--batch-size", type=int, help="bags of a training step (1)")
     parser.add_argument("--scans", type=Path, help="measure inference on the scans directly in this folder too")
