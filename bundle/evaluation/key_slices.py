@@ -18,6 +18,8 @@ __all__ = [
     "key_slice_intervals",
     "key_slice_scores",
     "rank_slices",
+    "rankings_that_tell",
+    "tells_apart",
 ]
 
 RANKINGS = ("score", "weight", "attention", "occlusion")
@@ -36,6 +38,7 @@ KEY_SLICE_DEFINITIONS: dict[str, str] = {
     "instance_auc": "mean over positive cases of the ROC area within the case; cases of true slices only left out",
     "chance_hit_1, chance_hit_3": "expected hit_1, hit_3 of slices drawn at random without replacement",
     "slices": "only slices of known truth are ranked and counted",
+    "left out": "rankings that tell no slices of any case apart, as those of a 3D network, which sees no single slice",
 }
 
 
@@ -60,7 +63,7 @@ def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         ``cases_with_truth``, ``positive_cases``, ``positive_cases_without_true_slice`` (counts), ``chance_hit_1``,
-        ``chance_hit_3``, and for each of the `RANKINGS` that all records hold a dict with ``hit_1``, ``hit_3``,
+        ``chance_hit_3``, and for each of the `RANKINGS` that tell something a dict with ``hit_1``, ``hit_3``,
         ``distance_mm_mean``, ``distance_mm_median``, ``instance_auc``, ``instance_auc_pooled``; NaN where undefined.
         Empty if no record holds slice truth.
     """
@@ -77,7 +80,7 @@ def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "chance_hit_3": _mean([_chance_hit(slices, 3) for _, slices in found]),
     }
     pooled = [s for _, slices in known for s in slices]
-    for by in _held(slices for _, slices in known):
+    for by in _telling([slices for _, slices in known]):
         table = [_case_scores(slices, by) for _, slices in found]
         distances = [row["distance_mm"] for row in table]
         result[by] = {
@@ -89,6 +92,21 @@ def key_slice_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "instance_auc_pooled": _auc(pooled, by),
         }
     return result
+
+
+def tells_apart(slices: Sequence[Mapping[str, Any]], by: str = "weight") -> bool:
+    """Whether a ranking of a case is one: where all slices are equal, it would be the order of their positions.
+
+    Args:
+        slices: the ``slices`` of a case record.
+        by: one of `RANKINGS` that they hold; equal ones are ranked by score.
+    """
+    return len({(one[by], one["score"]) for one in slices}) > 1
+
+
+def rankings_that_tell(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The `RANKINGS` that all records of cases that were read hold, and that tell slices apart in one at least."""
+    return _telling([record["slices"] for record in records if record["status"] != "refused"])
 
 
 def case_key_slices(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -126,14 +144,14 @@ def key_slice_intervals(
         seed: of the draw.
 
     Returns:
-        For each of the `RANKINGS` that all records hold: ``hit_1``, ``hit_3``, ``distance_mm_mean``, ``instance_auc``
+        For each of the `RANKINGS` that tell something: ``hit_1``, ``hit_3``, ``distance_mm_mean``, ``instance_auc``
         → [low, high]. Empty if no record holds slice truth.
     """
     patient_of = {record["case"]: patient for record, patient in zip(records, patients, strict=True)}
     known = _with_truth(records)
     found = [(r, s) for r, s in known if r["label"] and any(one["label"] == 1 for one in s)]
     result: dict[str, dict[str, list[float]]] = {}
-    for by in _held(slices for _, slices in known):
+    for by in _telling([slices for _, slices in known]):
         table = [(_case_scores(slices, by), patient_of[record["case"]]) for record, slices in found]
         result[by] = {}
         for name in CASE_SCORES:
@@ -147,6 +165,10 @@ def _with_truth(records: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str,
     """Accepted records that hold slice truth, each with its slices of known truth."""
     pairs = [(r, [s for s in r["slices"] if s["label"] in (0, 1)]) for r in records if r["status"] == "accepted"]
     return [(record, slices) for record, slices in pairs if slices]
+
+
+def _telling(cases: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    return [by for by in _held(cases) if any(tells_apart(slices, by) for slices in cases)]
 
 
 def _held(cases: Iterable[Sequence[Mapping[str, Any]]]) -> list[str]:

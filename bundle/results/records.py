@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError, Refusal
-from ..evaluation.key_slices import rank_slices
+from ..evaluation.key_slices import rank_slices, tells_apart
 from ..files import write_json
 
 __all__ = [
@@ -99,7 +99,8 @@ def case_record(
         abstention: why no prediction is given; None gives it.
 
     Returns:
-        A JSON-serialisable dict; ``slices`` in order of position, ``key_slices`` most critical first. ``made_from`` is
+        A JSON-serialisable dict; ``slices`` in order of position, ``key_slices`` most critical first; none where all
+        slices are equal, as for a 3D network, which sees no single slice. ``made_from`` is
         None; a `RunFolder` fills it in.
 
     Raises:
@@ -155,9 +156,13 @@ def case_record(
         "prediction": chosen if abstention is None else None,
         "reading": None if reading is None else [dict(image) for image in reading],
         "slices": slices,
-        "key_slices": [dict(slices[i]) for i in rank_slices(slices)[:num_key_slices]],
+        "key_slices": [dict(slices[i]) for i in rank_slices(slices)[:num_key_slices]] if _has_key(slices) else [],
         "made_from": None,
     }
+
+
+def _has_key(slices: Sequence[Mapping[str, Any]]) -> bool:
+    return len(slices) == 1 or tells_apart(slices)
 
 
 def refused_record(
@@ -228,14 +233,16 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     lists = [record[key] for key in ("class_names", "probabilities", "slices", "key_slices")]
     if not all(isinstance(value, list) for value in lists):
         return None
-    names, probabilities, _, key_slices = lists
+    names, probabilities, slices, key_slices = lists
+    if not all(isinstance(one, dict) and {"weight", "score"} <= one.keys() for one in (*slices, *key_slices)):
+        return None
     if record["status"] == "refused":
         whole = record["prediction"] is None and isinstance(record["reason_code"], str)
     else:
         answered = record["status"] == "accepted"
         answer = record["prediction"] in range(len(names)) if answered else record["prediction"] is None
-        whole = answer and len(names) == len(probabilities) and bool(key_slices)
-    return record if whole and all(isinstance(entry, dict) for entry in key_slices) else None
+        whole = answer and len(names) == len(probabilities) and bool(key_slices) == _has_key(slices)
+    return record if whole else None
 
 
 def read_records(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..evaluation.abstention import predicted_classes
 from ..evaluation.calibration import calibrated, fit_temperature, operating_point
-from ..evaluation.key_slices import RANKINGS, case_key_slices
+from ..evaluation.key_slices import RANKINGS, case_key_slices, rankings_that_tell
 
 __all__ = ["OutOfFold", "Predictions", "fitted_on_validation", "out_of_fold", "read_predictions"]
 
@@ -163,7 +163,12 @@ def _piece(folder: Path, sensitivity: float, section: str) -> OutOfFold:
     raw = _predictions(records, folder / section)
     temperature, threshold = fitted_on_validation(read_predictions(folder / "validation"), sensitivity)
     after = calibrated(raw.logits, temperature)
-    evidence = [case_key_slices(record) for record in records if record["status"] != "refused"]
+    told = rankings_that_tell(records)
+    evidence = [
+        {by: found for by, found in case_key_slices(record).items() if by in told}
+        for record in records
+        if record["status"] != "refused"
+    ]
     return OutOfFold(
         raw,
         after,

@@ -14,6 +14,8 @@ from bundle.evaluation.key_slices import (
     key_slice_intervals,
     key_slice_scores,
     rank_slices,
+    rankings_that_tell,
+    tells_apart,
 )
 
 
@@ -90,6 +92,19 @@ def test_ties_go_to_the_first_position_and_hard_weights_to_the_score() -> None:
     assert key_slice_scores([tied])["score"]["hit_1"] == 0.0
     hard = record("hard", 1, [0, 0, 0, 1], [0.0, 1.0, 3.0, 2.0], weight=[0.0, 0.0, 1.0, 0.0])
     assert rank_slices(hard["slices"], "weight") == [2, 3, 1, 0]
+
+
+def test_a_ranking_that_tells_no_slices_apart_is_none() -> None:
+    flat = record("flat", 1, [1, 0, 0], [0.0] * 3, weight=[1 / 3] * 3, attention=[1 / 3] * 3, occlusion=[0.2, 0.1, 0.0])
+    assert rankings_that_tell([flat, flat]) == ["occlusion"]
+    assert [by for by in RANKINGS if by in key_slice_scores([flat])] == ["occlusion"]
+    assert key_slice_intervals([flat], ["p"]).keys() == {"occlusion"}
+    assert tells_apart(flat["slices"], "occlusion")
+    assert not tells_apart(flat["slices"])
+    # One case in which slices differ is enough; equal weights of different scores are ranked by score.
+    scored = record("scored", 1, [1, 0, 0], [0.0, 1.0, 0.0], weight=[1 / 3] * 3, occlusion=[0.0] * 3)
+    assert rankings_that_tell([flat, scored]) == list(RANKINGS)
+    assert rankings_that_tell([flat, {**scored, "status": "refused", "slices": []}]) == ["occlusion"]
 
 
 def test_only_positive_accepted_cases_of_known_truth_count() -> None:

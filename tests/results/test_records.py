@@ -61,6 +61,21 @@ def test_slices_are_in_order_of_position_and_key_slices_by_weight() -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+def test_equal_slices_have_no_key_slice(tmp_path: Path) -> None:
+    flat = {"weights": np.full(4, 0.25), "attention": np.full(4, 0.25), "scores": np.zeros(4)}
+    record = make(**flat)
+    assert record["key_slices"] == []
+    assert read_record(write_record(tmp_path, record)) == record
+    write_predictions(tmp_path / "p.csv", [record])
+    (row,) = rows_of(tmp_path / "p.csv")
+    assert (row["status"], row["prediction"], row["key_slice_index"]) == ("accepted", "1", "")
+    assert len(make(**{**flat, "scores": np.array([0.0, 0.0, 0.1, 0.0])})["key_slices"]) == 4
+    lone = {
+        key: value[:1] for key, value in ARGUMENTS.items() if key.startswith("slice") or key in ("attention", "scores")
+    }
+    assert len(make(**lone, weights=np.ones(1), sop_instance_uids=["1.2.6"])["key_slices"]) == 1
+
+
 def test_defaults() -> None:
     record = make(slice_label=None, sop_instance_uids=None, label=None, patient=None)
     assert {s["label"] for s in record["slices"]} == {-1}

@@ -87,6 +87,7 @@ def check(rival, cohort, folder, monai) -> Path:
     monai("run", "--config_file", "configs/inference.yaml", *given, *exact)
     inferred = {row["case"]: row for row in rows_of(folder / "inference" / "predictions.csv")}
     assert inferred.keys() == tested.keys()
+    assert all(bool(row["key_slice_index"]) == (rival != "volume_net") for row in inferred.values())
     columns = [name for name in next(iter(tested.values())) if name.startswith("probability_")]
     assert columns
     for case, row in inferred.items():
