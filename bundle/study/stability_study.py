@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data.datalist import LOCKED
 from ..errors import InputError, command_line
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in chosen if name not in arms]
     if unknown:
         raise InputError(f"--arms: there is no arm {unknown[0]!r} in {given.study}; there are {', '.join(arms)}")
+    _check_apart({name: arms[name] for name in chosen}, plan.settings)
     pieces = {name: _pieces(plan, given.stage, stages[given.stage], name, arms[name]) for name in chosen}
     if carry_out([piece for group in pieces.values() for piece in group], plan):
         folder, look = plan.output_dir, collect
@@ -60,6 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left_out = [name for name, result in found.items() if result is None]
         report(whole, given.reference, folder, left_out, given.locked)
     return 0
+
+
+def _check_apart(arms: Mapping[str, Arm], given: Mapping[str, Any]) -> None:
+    """Say which settings of an arm the command line replaces; refuse two arms that it makes the same."""
+    seen: dict[str, str] = {}
+    for name, arm in arms.items():
+        replaced = sorted(arm.settings.keys() & given.keys())
+        left = {key: value for key, value in arm.settings.items() if key not in given}
+        twin = seen.setdefault(repr((arm.files, sorted(left.items()), arm.pretrain)), name)
+        said = ", ".join(f"--{key}" for key in replaced)
+        if twin != name:
+            both = said or ", ".join(f"--{key}" for key in sorted(arms[twin].settings.keys() & given.keys()))
+            raise InputError(
+                f"arms {twin} and {name} are the same with {both} of the command line, which stands above what an arm "
+                "sets: leave that out, or one of the arms"
+            )
+        if replaced:
+            print(f"{name}: {said} of the command line stands above what the arm sets", file=sys.stderr)
 
 
 def _pieces(plan: Plan, stage_name: str, stage: Stage, name: str, arm: Arm) -> list[Piece]:

@@ -1,0 +1,45 @@
+"""The command line of a study against the settings of its arms."""
+
+import csv
+
+import pytest
+import yaml
+
+from bundle.data.make_datalist import main as make_datalist
+from bundle.errors import InputError
+from bundle.study.stability_study import main
+
+ARMS = {"plain": {}, "small": {"from": "plain", "bag_size": 4}, "both": {"bag_size": 4, "lr": 0.1}}
+
+
+@pytest.fixture
+def words(tmp_path):
+    with (tmp_path / "volumes.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["patient", "image", "label"], *([n, f"{n}.nii", n % 2] for n in range(12))])
+    for n in range(12):
+        (tmp_path / f"{n}.nii").touch()
+    make_datalist([str(tmp_path / "volumes.csv"), "--out", str(tmp_path / "datalist.json"), "--folds", "3"])
+    study = {"stages": {"quick": {"seeds": [0], "settings": {}}}, "arms": ARMS}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "train.yaml").write_text("bag_size: 64")
+    given = {"study": "study.yaml", "config_file": "configs/train.yaml", "dataset_dir": ".", "output_dir": "out"}
+    return ["--stage", "quick", "--list", *(w for k, v in given.items() for w in (f"--{k}", str(tmp_path / v)))]
+
+
+def test_what_the_command_line_replaces_is_said(words, capsys):
+    main([*words, "--arms", "plain,both", "--bag_size", "8"])
+    told = capsys.readouterr()
+    assert told.err == "both: --bag_size of the command line stands above what the arm sets\n"
+    assert [line.split("\t")[2] for line in told.out.splitlines()[-6:]] == [
+        f"{arm}/seed0_fold{fold}" for arm in ("plain", "both") for fold in range(3)
+    ]
+    main(words)
+    assert capsys.readouterr().err == ""
+
+
+def test_arms_that_the_command_line_makes_the_same_are_refused(words):
+    with pytest.raises(InputError, match="arms plain and small are the same with --bag_size of the command line"):
+        main([*words, "--bag_size", "8"])
+    with pytest.raises(InputError, match="arms small and plain are the same with --bag_size of the command line"):
+        main([*words, "--arms", "small,plain", "--bag_size", "8"])
