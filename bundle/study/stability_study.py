@@ -73,8 +73,9 @@ def _check_apart(arms: Mapping[str, Arm], given: Mapping[str, Any]) -> None:
         left = {key: value for key, value in arm.settings.items() if key not in given}
         twin = seen.setdefault(repr((arm.files, sorted(left.items()), arm.pretrain)), name)
         said = ", ".join(f"--{key}" for key in replaced)
-        if twin != name:
-            both = said or ", ".join(f"--{key}" for key in sorted(arms[twin].settings.keys() & given.keys()))
+        both = said or ", ".join(f"--{key}" for key in sorted(arms[twin].settings.keys() & given.keys()))
+        # Two arms that the study itself has alike are its author's business.
+        if twin != name and both:
             raise InputError(
                 f"arms {twin} and {name} are the same with {both} of the command line, which stands above what an arm "
                 "sets: leave that out, or one of the arms"

@@ -9,7 +9,7 @@ from bundle.data.make_datalist import main as make_datalist
 from bundle.errors import InputError
 from bundle.study.stability_study import main
 
-ARMS = {"plain": {}, "small": {"from": "plain", "bag_size": 4}, "both": {"bag_size": 4, "lr": 0.1}}
+ARMS = {"plain": {}, "small": {"from": "plain", "bag_size": 4}, "both": {"bag_size": 4, "lr": 0.1}, "alike": {}}
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def test_what_the_command_line_replaces_is_said(words, capsys):
     assert [line.split("\t")[2] for line in told.out.splitlines()[-6:]] == [
         f"{arm}/seed0_fold{fold}" for arm in ("plain", "both") for fold in range(3)
     ]
-    main(words)
+    main(words)  # with two arms that are alike by themselves
     assert capsys.readouterr().err == ""
 
 
 def test_arms_that_the_command_line_makes_the_same_are_refused(words):
     with pytest.raises(InputError, match="arms plain and small are the same with --bag_size of the command line"):
-        main([*words, "--bag_size", "8"])
+        main([*words, "--arms", "plain,small", "--bag_size", "8"])
     with pytest.raises(InputError, match="arms small and plain are the same with --bag_size of the command line"):
         main([*words, "--arms", "small,plain", "--bag_size", "8"])
