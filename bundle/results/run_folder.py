@@ -74,6 +74,8 @@ class RunFolder:
                 "output_dir is, or lies in, a folder of DICOM images that is to be classified: choose a folder outside "
                 "the folders of the cases"
             )
+        # A run may be given its cases in another order, and a claim has to mean the same case to all.
+        self._place = {self.index[name]: place for place, name in enumerate(sorted(self.index))}
         self.done: set[int] = set()
         self._claimed: dict[int, dict[str, str]] = {}
 
@@ -220,11 +222,11 @@ class RunFolder:
 
     def _claim_each(self, order: Sequence[int]) -> Iterator[int]:
         for i in order:
-            if i in self.done or i in self._claimed or not self._lock(FIRST_CASE + i):
+            if i in self.done or i in self._claimed or not self._lock(self._claim_byte(i)):
                 continue
             if self._is_done(i):
                 self.done.add(i)
-                self._unlock(FIRST_CASE + i)
+                self._unlock(self._claim_byte(i))
             else:
                 # Before the scan is read: what changes meanwhile is noticed next time.
                 self._claimed[i] = self._made_from(i)
@@ -242,7 +244,7 @@ class RunFolder:
             except OSError as error:
                 raise InputError(f"cannot write cases.jsonl ({error.strerror}); look at output_dir") from error
         self.done.add(i)
-        self._unlock(FIRST_CASE + i)
+        self._unlock(self._claim_byte(i))
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records of the list that there are, in its order."""
@@ -307,10 +309,13 @@ class RunFolder:
         if HAS_LOCKS and self._lock_file is not None:
             fcntl.lockf(self._lock_file, fcntl.LOCK_UN, 1, byte)
 
+    def _claim_byte(self, i: int) -> int:
+        return FIRST_CASE + self._place[i]
+
     def _is_free(self, i: int) -> bool:
-        if not self._lock(FIRST_CASE + i):
+        if not self._lock(self._claim_byte(i)):
             return False
-        self._unlock(FIRST_CASE + i)
+        self._unlock(self._claim_byte(i))
         return True
 
     @contextmanager

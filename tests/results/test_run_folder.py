@@ -201,6 +201,18 @@ def test_cases_of_another_process_are_left_to_it_and_taken_over_when_it_dies(tmp
     run.close()
 
 
+def test_a_case_of_another_process_is_left_to_it_whatever_the_order_of_the_cases(tmp_path, cases):
+    first = folder(tmp_path, cases)
+    first.open()
+    with another_process(tmp_path / "out", FIRST_CASE + 1) as process:  # c1 of c0 … c4
+        run = folder(tmp_path, cases[::-1])
+        run.open()
+        assert [run.cases[i]["case"] for i in next(iter(run))] == ["c4", "c3", "c2", "c0"]
+        process.kill()
+        process.wait()
+    assert work(folder(tmp_path, cases[2:] + cases[:2])) == ["c2", "c3", "c4", "c0", "c1"]
+
+
 def test_runs_that_differ_do_not_share_a_folder_at_one_time(tmp_path, cases):
     work(folder(tmp_path, cases))
     with another_process(tmp_path / "out"):
