@@ -112,20 +112,26 @@ def _hand_over_quietly(_: int) -> None:
 def read_ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
     """Give items in their order while a thread makes up to `depth` of the next ones.
 
-    What goes wrong while an item is made is raised in its place. The thread ends with the generator, after the item it
-    is at.
+    The first is made by the thread that asks for it. What goes wrong while an item is made is raised in its place. The
+    other thread ends with the generator, after the item it is at.
 
     Args:
-        items: iterated over in the thread.
+        items: iterated over in these threads, never in both at once.
         depth: items that exist at most besides those given out.
     """
+    source = iter(items)
+    # There is nothing yet that the first could be read beside, and where it is the only one no thread comes to work:
+    # with a team of OpenMP workers in each of two threads, more than there are cores, those of both sleep between
+    # operations, and a network of many small ones was seen to take half again its time.
+    first = list(islice(source, 1))
+    if not first:
+        return
     made: queue.Queue[tuple[list[T], BaseException | None]] = queue.Queue()
     places = threading.Semaphore(depth)
     over = threading.Event()
 
     def make() -> None:
         try:
-            source = iter(items)
             while places.acquire() and not over.is_set():
                 made.put((list(islice(source, 1)), None))
         except BaseException as error:
@@ -134,6 +140,7 @@ def read_ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
     thread = threading.Thread(target=make, name="read-ahead", daemon=True)
     thread.start()
     try:
+        yield first.pop()
         while True:
             one, error = made.get()
             if error is not None:

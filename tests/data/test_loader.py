@@ -131,6 +131,14 @@ def test_reading_goes_on_meanwhile_and_never_further_than_the_depth(depth: int) 
         assert len(made) == goal
 
 
+def test_the_first_item_is_made_by_who_asks_for_it() -> None:
+    threads = list(read_ahead(threading.current_thread().name for _ in range(3)))
+    assert threads == [threading.current_thread().name, "read-ahead", "read-ahead"]
+    assert list(read_ahead([])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(read_ahead(1 // number for number in range(3)))
+
+
 def test_nothing_is_kept_of_what_was_given_out() -> None:
     class Item:
         alive = 0
