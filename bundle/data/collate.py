@@ -23,10 +23,10 @@ def collate_bags(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             an image is a case that could not be read; such cases may stand anywhere.
 
     Returns:
-        image (B, N, C, H, W) with 0 as padding, mask (B, N) with True = real slice, slice_index, slice_label (-1 as
-        padding) and slice_position (NaN as padding) (B, N), label (B,) with -1 for unknown, and lists of the rest.
-        Where cases were refused, `refused` lists them as they came, with their `position` among the given; B counts
-        the others. A batch of refused cases alone holds nothing else.
+        image (B, N, C, H, W) with 0 as padding (of a single bag its own tensor, not a copy), mask (B, N) with True =
+        real slice, slice_index, slice_label (-1 as padding) and slice_position (NaN as padding) (B, N), label (B,) with
+        -1 for unknown, and lists of the rest. Where cases were refused, `refused` lists them as they came, with their
+        `position` among the given; B counts the others. A batch of refused cases alone holds nothing else.
 
     Raises:
         InputError: on an empty bag or bags with slices of different shape.
@@ -44,11 +44,8 @@ def _padded_batch(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not bool((lengths > 0).all()):
         raise InputError("a bag needs at least one slice")
     most = int(lengths.max())
-    image = bags[0]["image"].new_zeros(len(bags), most, *bags[0]["image"].shape[1:])
-    for row, bag in zip(image, bags, strict=True):
-        row[: len(bag["image"])] = bag["image"]
     batch: dict[str, Any] = {
-        "image": image,
+        "image": _padded_images([bag["image"] for bag in bags], most),
         "mask": torch.arange(most) < lengths[:, None],
         "label": torch.tensor([-1 if bag.get("label") is None else int(bag["label"]) for bag in bags]),
     }
@@ -58,6 +55,15 @@ def _padded_batch(bags: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if key not in batch:
             batch[key] = [bag[key] for bag in bags]
     return batch
+
+
+def _padded_images(images: Sequence[Tensor], length: int) -> Tensor:
+    if len(images) == 1:
+        return images[0][None]  # the bag itself: a copy of a long one would be the largest thing in memory
+    padded = images[0].new_zeros(len(images), length, *images[0].shape[1:])
+    for row, image in zip(padded, images, strict=True):
+        row[: len(image)] = image
+    return padded
 
 
 def _padded(values: Tensor, length: int, padding: float) -> Tensor:

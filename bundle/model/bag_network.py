@@ -155,7 +155,7 @@ class BagNetwork(nn.Module):
             raise ValueError(f"a batch of bags is (B, N, C, H, W): 5 dimensions, not {image.dim()}")
         num_bags, num_slices = image.shape[0], image.shape[1]
         slices = image.flatten(0, 1)  # (B * N, C, H, W)
-        if mask is None:
+        if mask is None or self._all_real(mask):
             features = self.encode_slices(slices)
         else:
             real = mask.flatten()
@@ -164,13 +164,20 @@ class BagNetwork(nn.Module):
             features = features.index_put([real], encoded)
         return features.reshape(num_bags, num_slices, self.num_features)
 
+    def _all_real(self, mask: Tensor) -> bool:
+        """Whether no slice is padding, so that none has to be picked out, which makes a second bag in memory."""
+        if torch.jit.is_scripting():
+            return bool(mask.all())
+        else:
+            # What is traced or exported is for other masks, too.
+            return not (torch.jit.is_tracing() or torch.compiler.is_compiling()) and bool(mask.all())
+
     def encode_slices(self, slices: Tensor) -> Tensor:
         """Features (M, F) in float32 of slices (M, C, H, W), or of stacks of slices (M, C, N, H, W)."""
-        if slices.dim() == 4:
-            # Not `contiguous`, which leaves one channel as it is, as either layout: kernels would go by its strides.
-            slices = slices.to(slices.dtype, memory_format=torch.channels_last)
         if torch.jit.is_scripting():
             self.check_channels(slices)
+            if slices.dim() == 4:  # see channels_last, which SliceEncoding goes by
+                slices = slices.to(slices.dtype, memory_format=torch.channels_last)
             features = self.encoder(slices).to(torch.float32)
         else:
             if not self.encoding.first_stage:

@@ -56,9 +56,8 @@ class EncodeStagesd(Transform):
 
     def _encoded(self, slices: Tensor, device: torch.device) -> Tensor:
         cast = torch.autocast(device.type, dtype=self._dtype) if self._dtype else contextlib.nullcontext()
-        slices = slices.to(device, memory_format=torch.channels_last)
         with torch.no_grad(), cast:
-            features = self._encoding(self._stages.to(device), slices).float()
+            features = self._encoding(self._stages.to(device), slices.to(device)).float()
         return features.reshape(*features.shape, 1, 1) if features.dim() == 2 else features.contiguous()
 
 

@@ -65,11 +65,16 @@ def test_an_unknown_label_is_minus_one() -> None:
     assert collate_bags([without])["label"].tolist() == [-1]
 
 
-def test_the_batch_is_a_copy() -> None:
+def test_a_batch_of_several_is_a_copy() -> None:
+    bags = [bag(3), bag(3)]
+    kept = bags[0]["image"].clone()
+    collate_bags(bags)["image"].zero_()
+    assert torch.equal(bags[0]["image"], kept)
+
+
+def test_a_batch_of_one_is_that_bag_and_no_second_one_in_memory() -> None:
     one = bag(3)
-    kept = one["image"].clone()
-    collate_bags([one])["image"].zero_()
-    assert torch.equal(one["image"], kept)
+    assert collate_bags([one])["image"].data_ptr() == one["image"].data_ptr()
 
 
 def test_slices_of_different_shape_get_one_sentence() -> None:

@@ -116,6 +116,14 @@ def test_recomputation_with_batch_norm_needs_known_stages():
     encoding(Counted(made("group")).train(), slices(3)).sum().backward()
 
 
+def test_recomputation_with_batch_norm_is_not_compiled_in_silence():
+    encoding = SliceEncoding(recompute=True, compile=True)
+    with pytest.raises(InputError, match="compile_encoder and activation_checkpointing do not go together"):
+        encoding.check(made("batch"))
+    encoding.check(made("group"))
+    encoding.check(made("frozen_batch"))
+
+
 def test_a_later_first_stage_takes_what_the_stages_before_give():
     encoder, image = made("group").eval(), slices(5)
     through = nn.Sequential(*stages_of(encoder)[:3])(image)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmil.models import DSMIL
 
 from bundle.model.bag_network import BagOutput, Evidence, evidence_of_class, random_halves
+from bundle.model.encoding import SliceEncoding
 from bundle.model.network import DualStreamMIL
 from bundle.model.selection import (
     EntmaxSelection,
@@ -104,6 +106,33 @@ def test_padded_slices_never_reach_the_encoder():
     image, mask = batch()
     net(image, mask)
     assert seen == [int(mask.sum())]
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor with memory of its own that an operation makes."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in self.known:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_inference_makes_no_second_bag(channels, masked):
+    net = network(encoder=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), features=channels, channels=channels)
+    net.encoding = SliceEncoding(4)
+    image = torch.rand(1, 40, channels, 32, 32)
+    mask = torch.ones(1, 40, dtype=torch.bool) if masked else None
+    with torch.inference_mode(), Largest(image) as made:
+        net.eval().explain(image, mask)
+    assert image.numel() // 10 <= made.elements <= image.numel() // 5  # slices are laid out 4 at a time
 
 
 def test_soft_goes_to_hard_and_to_the_mean_with_temperature():
