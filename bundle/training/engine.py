@@ -194,7 +194,7 @@ class BagTrainer(_Forward, SupervisedTrainer):
     def _average_gradients(self) -> None:
         # DistributedDataParallel has divided the sum over all bags by the number of processes.
         factor = group_size() / self._step_bags
-        for parameter in self.network.parameters():
+        for parameter in self.network.parameters() if factor != 1 else ():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
