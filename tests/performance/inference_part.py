@@ -16,7 +16,7 @@ from bundle.data.series import read_volume
 from bundle.errors import InputError, Refusal
 from bundle.weights import read_checkpoint
 
-from .limit import decode, fastest, inference_forms
+from .limit import can_compile, decode, fastest, inference_forms
 from .made_scans import write_datalist, write_nifti, write_series
 from .measuring import digest_of_files, interleaved, seconds
 from .plain import READ_IN_MAIN_THREAD
@@ -24,7 +24,7 @@ from .profiling import profiled
 from .project import Inference, network_of, save_weights
 from .rivals import PlainNetwork, StockInference, stock_encoder, stock_transforms
 from .settings import Run
-from .training_part import LIMIT, OURS, STOCK, TYPED, Measure
+from .training_part import COMPILED, LIMIT, OURS, STOCK, TYPED, Measure
 
 __all__ = [
     "agreement",
@@ -92,8 +92,10 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
     # The form is that of the encoder alone, whatever the scans.
     form_name = f"infer-{size}-{norm}-limit"
 
-    def ours() -> Measure:
-        inference = inference_of(run, size, norm, scans)
+    compiled = settings.compiled and can_compile()
+
+    def ours(**changes: Any) -> Measure:
+        inference = inference_of(run, size, norm, scans, **changes)
         inference.run()
         return inference.measure
 
@@ -116,7 +118,7 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
         bags = [bag.to(run.device, memory_format=torch.channels_last) for bag in inference.bags()]
         forms = inference_forms(
             stock_encoder(norm, settings.shape), inference.network_that_runs, run.low, run.device, bags[0],
-            settings.compiled,
+            compiled,
         )  # fmt: skip
         form, once, tried = fastest(forms, bags[0], False, partial(run.tell_of, name), known.get("form"))
         run.store.put(form_name, known or {"form": form, "seconds": tried})
@@ -129,7 +131,10 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
         all_of_them()  # the form was warmed up on the shape of the first scan alone
         return lambda: {"seconds": seconds(all_of_them, run.device) / len(scans)}
 
-    contenders = {OURS: ours, STOCK: stock(False), TYPED: stock(True), f"{LIMIT} + decode": limit}
+    contenders: dict[str, Callable[[], Measure]] = {OURS: ours}
+    if compiled:
+        contenders[COMPILED] = partial(ours, compile_encoder=True)
+    contenders |= {STOCK: stock(False), TYPED: stock(True), f"{LIMIT} + decode": limit}
     repeats = min(run.repeats_at(size), 3) if len(scans) > 1 else run.repeats_at(size)
     records = interleaved(contenders, repeats, run.store, name, run.tell)
     limit_form = run.store.get(form_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,9 +18,11 @@ import torch
 from pydicom.errors import InvalidDicomError
 from torch import Tensor, nn
 
+from bundle.model.encoding import SliceEncoding
+
 from .measuring import seconds
 
-__all__ = ["decode", "fastest", "inference_forms", "training_forms"]
+__all__ = ["can_compile", "decode", "fastest", "inference_forms", "training_forms"]
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # slices: their activations stay in the cache of a processor
@@ -28,6 +31,17 @@ RECOMPILED = 64  # forms of one encoder that torch.compile may make, one for all
 CLOSE = 1.25  # times the fastest: near enough for noise to decide
 OWN = "the project's encoder"
 Form = Callable[[Tensor], Tensor]
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch.compile works here: on a CPU it needs a C++ compiler."""
+    try:
+        torch.compile(nn.ReLU())(torch.ones(2))
+    except Exception as error:
+        logger.warning("torch.compile does not work here (%s) and is left out", type(error).__name__)
+        return False
+    return True
 
 
 def training_forms(
@@ -57,7 +71,8 @@ def training_forms(
         yield name, _with_new_gradients(module, form)
     for name, (module, form) in forms.items() if by_slice else ():
         yield f"{name}, chunks of {CHUNK}", _with_new_gradients(module, _chunked(form))
-    yield OWN, _with_new_gradients(network, _cast(_encode_of(network), low, device))
+    for name, own in _own(network, compiled):
+        yield name, _with_new_gradients(own, _cast(_encode_of(own), low, device))
 
 
 def inference_forms(
@@ -89,7 +104,16 @@ def inference_forms(
         forms["compiled"] = _cast(_compiled(last), low, device)
     yield from forms.items()
     yield from ((f"{name}, chunks of {CHUNK}", _chunked(form)) for name, form in forms.items())
-    yield OWN, _cast(_encode_of(network), low, device)
+    for name, own in _own(network, compiled):
+        yield name, _cast(_encode_of(own), low, device)
+
+
+def _own(network: Any, compiled: bool) -> Iterator[tuple[str, Any]]:
+    yield OWN, network
+    if compiled:
+        other = copy.deepcopy(network)
+        other.encoding = SliceEncoding(compile=True)
+        yield f"{OWN}, compiled", other
 
 
 def _encode_of(network: Any) -> Form:

@@ -58,8 +58,8 @@ def peak_of(task: dict[str, Any]) -> dict[str, float]:
         task: arguments of `inference` or `training` below under their names, and `task`, which of them.
 
     Returns:
-        `seconds` of a second run, bytes held `before` the first and at the `peak` of both; nothing where the process
-        was killed, for want of memory above all.
+        `seconds` of a second run, bytes held `before` the first and at the `peak` of both, and at the peak of the
+        largest data-loading process (`worker`); nothing where the process was killed, for want of memory above all.
 
     Raises:
         RuntimeError: with what the child said, when it failed by itself.
@@ -114,7 +114,9 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
     action()
     start = time.perf_counter()
     action()
-    return {"seconds": time.perf_counter() - start, "before": before, "peak": peak_bytes()}
+    taken = time.perf_counter() - start
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * UNIT
+    return {"seconds": taken, "before": before, "peak": peak_bytes(), "worker": worker}
 
 
 if __name__ == "__main__":

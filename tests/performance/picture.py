@@ -10,7 +10,7 @@ from bundle.files import replacing
 
 from .measuring import paired, spread
 from .report import OF_LIMIT, limit_of
-from .training_part import LIMIT, MILMODEL, OURS, PLAIN, STOCK, TYPED
+from .training_part import COMPILED, LIMIT, MILMODEL, OURS, PLAIN, STOCK, TYPED
 
 __all__ = ["draw"]
 
@@ -18,6 +18,7 @@ __all__ = ["draw"]
 STYLES = {
     OURS: ("#0072B2", "o"),
     PLAIN: ("#56B4E9", "o"),
+    COMPILED: ("#56B4E9", "P"),
     STOCK: ("#D55E00", "s"),
     f"{STOCK}, no augmentation": ("#E69F00", "s"),
     TYPED: ("#009E73", "D"),

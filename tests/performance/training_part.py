@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .limit import fastest, training_forms
+from .limit import can_compile, fastest, training_forms
 from .made_scans import write_datalist, write_nifti
 from .measuring import interleaved, seconds
 from .profiling import profiled
@@ -18,9 +18,10 @@ from .project import Training, network_of
 from .rivals import PlainNetwork, StockTraining, monai_mean, stock_encoder, stock_loader, torchmil_dsmil
 from .settings import Run
 
-__all__ = ["LIMIT", "MILMODEL", "OURS", "PLAIN", "STOCK", "TYPED", "profile_training", "training_cell"]
+__all__ = ["COMPILED", "LIMIT", "MILMODEL", "OURS", "PLAIN", "STOCK", "TYPED", "profile_training", "training_cell"]
 
 OURS, PLAIN = "this project", "this project, no augmentation"
+COMPILED = "this project, compiled"
 STOCK, TYPED = "stock MONAI", "stock MONAI, our type and layout"
 MILMODEL = "MONAI MILModel (mean)"
 LIMIT = "limit: bare encoder"
@@ -67,7 +68,7 @@ def training_cell(run: Run, size: int, norm: str) -> dict[str, Any]:
         network = network_of(settings.device, changes).train()
         forms = training_forms(
             stock_encoder(norm, settings.shape), network, run.low, run.device, by_slice=norm != "batch",
-            compiled=settings.compiled,
+            compiled=settings.compiled and can_compile(),
         )  # fmt: skip
         form, once, tried = fastest(forms, slices, True, partial(run.tell_of, name), known.get("form"))
         run.store.put(f"{name}-limit", known or {"form": form, "seconds": tried})
