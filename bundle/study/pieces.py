@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -152,37 +153,57 @@ def duration(seconds: float) -> str:
 
 
 def projected_seconds(pieces: Sequence[Piece], done: Mapping[Path, Mapping[str, Any]], processes: int) -> float:
-    """What the pieces that are not done will take on this many processes, by the mean of those that are done.
+    """What the pieces that are not done will take on this many processes, by those that are done.
 
-    Pieces of the same arm (the folder above) count before others. Those that were interrupted have no time; NaN where
-    none has.
+    A piece is held to take the mean of those of its arm (the folder above), else what its epochs take by the mean
+    time an epoch of all. Those that were interrupted have no time; NaN where none has.
     """
     by_arm: dict[Path, list[float]] = {}
     for folder, result in done.items():
         if result["seconds"] is not None:
             by_arm.setdefault(folder.parent, []).append(float(result["seconds"]))
-    every = [seconds for group in by_arm.values() for seconds in group]
-    if not every:
+    timed = [piece for piece in pieces if piece.folder.parent in by_arm and _has_time(done.get(piece.folder))]
+    if not timed:
         return math.nan
-    known = [by_arm.get(piece.folder.parent, every) for piece in pieces if piece.folder not in done]
-    return sum(sum(group) / len(group) for group in known) / processes
+    an_epoch = sum(done[piece.folder]["seconds"] for piece in timed) / sum(map(_epochs, timed))
+    total = 0.0
+    for piece in pieces:
+        if piece.folder not in done:
+            group = by_arm.get(piece.folder.parent)
+            total += sum(group) / len(group) if group else an_epoch * _epochs(piece)
+    return total / processes
 
 
-def probe_seconds(piece: Piece, processes: int = 1) -> float:
-    """Seconds that a piece is likely to take, from two epochs of its training in a folder that is deleted again.
+def _has_time(result: Mapping[str, Any] | None) -> bool:
+    return result is not None and result["seconds"] is not None
 
-    What it prepares stays in the cache and is not prepared again. A pre-training is not counted.
+
+def _epochs(piece: Piece) -> float:
+    """Epochs of a piece; one of its pre-training, which looks at each slice twice, counts as two."""
+    epochs = float(piece.config["max_epochs"])
+    if piece.pretrain is not None:
+        settings = {"max_epochs": piece.config["max_epochs"]}
+        for file in piece.pretrain.config_files:
+            settings.update(ConfigParser.load_config_file(file))
+        epochs += 2 * float({**settings, **piece.pretrain.settings}["max_epochs"])
+    return epochs
+
+
+def probe_seconds(pieces: Sequence[Piece], processes: int = 1) -> float:
+    """Seconds that pieces are likely to take, from two epochs of the training of the first in a folder deleted again.
+
+    What it prepares stays in the cache and is not prepared again. All are held to take as long an epoch as the first.
 
     Args:
-        piece: one that is not done.
-        processes: that will share the cores.
+        pieces: that are not done, at least one.
+        processes: that will share the cores, and the pieces.
 
     Raises:
         InputError: the training fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         short = {"max_epochs": 2, "warmup_epochs": 0}
-        probe = Piece(Path(folder), piece.config_files, {**piece.settings, **short})
+        probe = Piece(Path(folder), pieces[0].config_files, {**pieces[0].settings, **short})
         probe.save()
         begun = time.monotonic()
         process = start(probe, processes, lambda piece: [*piece_command(piece), "train"])
@@ -193,4 +214,5 @@ def probe_seconds(piece: Piece, processes: int = 1) -> float:
         seconds = time.monotonic() - begun
         events = EventAccumulator(str(probe.folder / "events")).Reload()
         first, second = (event.wall_time for event in events.Scalars("train_loss"))
-    return seconds + (second - first) * (int(piece.config["max_epochs"]) - 2)
+    an_epoch = second - first
+    return sum(seconds + an_epoch * (_epochs(piece) - 2) for piece in pieces) / processes

@@ -139,7 +139,7 @@ def _projection(
     seconds, source = projected_seconds(pieces, done, processes), "the pieces that are done"
     if math.isnan(seconds):
         print("timing two epochs of the first piece …", flush=True)
-        seconds, source = probe_seconds(left[0], processes) * len(left) / processes, "two epochs of the first piece"
+        seconds, source = probe_seconds(left, processes), "two epochs of the first piece"
     return f"about {duration(seconds)} to go, by {source}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bundle.errors import InputError
+from bundle.study.arms import Pretraining
 from bundle.study.piece import BUSY, Piece
 from bundle.study.pieces import do_pieces, done_pieces, duration, projected_seconds
 
@@ -166,23 +167,37 @@ def test_nothing_is_left_running_when_it_is_interrupted(make, sent, status):
     assert not (pieces[2].folder / "process").exists()
 
 
-def test_the_projection_is_by_the_mean_of_the_arm_then_of_all():
-    def piece(arm, fold):
-        return Piece(Path(arm) / str(fold), (), {})
+def planned(tmp_path, arm, fold, epochs, pretrain=None):
+    config = tmp_path / "train.yaml"
+    config.write_text("max_epochs: 60\n")
+    return Piece(Path(arm) / str(fold), (str(config),), {"max_epochs": epochs} if epochs else {}, pretrain)
 
-    pieces = [piece(arm, fold) for arm in ("a", "b", "c") for fold in range(3)]
+
+def test_the_projection_is_by_the_mean_of_the_arm_then_by_epochs(tmp_path):
+    pieces = [planned(tmp_path, arm, fold, 10) for arm in ("a", "b") for fold in range(3)]
+    overlay = tmp_path / "pretrain.yaml"
+    overlay.write_text("max_epochs: 30\n")
+    pieces += [
+        planned(tmp_path, "c", 0, 20),
+        planned(tmp_path, "d", 0, None),  # 60, of the config
+        planned(tmp_path, "e", 0, 10, Pretraining((str(overlay),), {})),  # and 30, of two views each
+        planned(tmp_path, "f", 0, 10, Pretraining((str(overlay),), {"max_epochs": 5})),
+        planned(tmp_path, "g", 0, 10, Pretraining((), {})),
+        planned(tmp_path, "h", 0, 10),
+    ]
     done = {
-        piece("a", 0).folder: {"seconds": 10.0},
-        piece("a", 1).folder: {"seconds": 30.0},
-        piece("b", 0).folder: {"seconds": 5.0},
-        piece("c", 0).folder: {"seconds": None},  # was interrupted
+        pieces[0].folder: {"seconds": 10.0},
+        pieces[1].folder: {"seconds": 30.0},
+        pieces[3].folder: {"seconds": 5.0},
+        pieces[-1].folder: {"seconds": None},  # was interrupted
     }
-    # One of a at 20, two of b at 5, two of c at the mean of all, 15.
-    assert projected_seconds(pieces, done, 1) == pytest.approx(20 + 2 * 5 + 2 * 15)
-    assert projected_seconds(pieces, done, 4) == pytest.approx(60 / 4)
-    assert projected_seconds([piece("a", 0)], done, 1) == 0
+    # One of a at 20, two of b at 5, the rest at 1.5 an epoch.
+    expected = 20 + 2 * 5 + 1.5 * (20 + 60 + (10 + 60) + (10 + 10) + (10 + 20))
+    assert projected_seconds(pieces, done, 1) == pytest.approx(expected)
+    assert projected_seconds(pieces, done, 4) == pytest.approx(expected / 4)
+    assert projected_seconds(pieces[:1], done, 1) == 0
     assert math.isnan(projected_seconds(pieces, {}, 1))
-    assert math.isnan(projected_seconds(pieces, {piece("c", 0).folder: {"seconds": None}}, 1))
+    assert math.isnan(projected_seconds(pieces, {pieces[-1].folder: {"seconds": None}}, 1))
 
 
 @pytest.mark.parametrize(
