@@ -24,10 +24,17 @@ SUMS = ("bags", "correct", "total", "nll", "bag", "instance", "entropy", "confid
 
 
 class Look(NamedTuple):
-    """What a watched case looked like: the stored number of its critical slice, and its attention (N,)."""
+    """What a watched case looked like.
+
+    Attributes:
+        critical: stored number of its critical slice.
+        attention: (N,).
+        scored: whether the scores of its slices differ; else the critical slice is the first, and means nothing.
+    """
 
     critical: int
     attention: torch.Tensor
+    scored: bool = True
 
 
 class StabilityRecorder:
@@ -43,7 +50,8 @@ class StabilityRecorder:
       dropout whose two modes disagree.
     - `flip_rate`: share of the watched cases whose critical slice (highest score) is another one than when last looked.
     - `attention_drift`: of the watched cases, mean total variation ½ Σ|A - A'| between the attention over all slices
-      and that when last looked: 0 where nothing moved, 1 where all of it went to other slices.
+      and that when last looked: 0 where nothing moved, 1 where all of it went to other slices. Both are NaN for a
+      network that tells no slices apart, such as a mean or one of whole stacks.
     - `loss_<component>`: mean over the bags of each component of the loss, before its weight.
 
     A batch is the one that all processes share; the figures are the same on each of them. `batch_nll` has the NLL of
@@ -93,8 +101,9 @@ class StabilityRecorder:
         critical = evidence.scores.masked_fill(~output["mask"], float("-inf")).argmax(dim=1).cpu()  # (B,)
         index = batch["slice_index"].gather(1, critical[:, None])[:, 0].tolist()
         for i, case in enumerate(batch["case"]):
-            attention = evidence.attention[i][output["mask"][i]].cpu()  # (N,)
-            self._now[case] = Look(index[i], attention), right[i]
+            real = output["mask"][i]
+            scores, attention = evidence.scores[i][real], evidence.attention[i][real].cpu()  # (N,)
+            self._now[case] = Look(index[i], attention, bool(scores.min() < scores.max())), right[i]
 
     def __call__(self, engine: Engine) -> None:
         """Measure the epoch that has just ended."""
@@ -124,9 +133,13 @@ class StabilityRecorder:
             pairs = [(look, self.seen[case]) for case, look in now.items() if case in self.seen]
             # A run may go on with another preparation, in which a case has another number of slices.
             pairs = [pair for pair in pairs if pair[0].attention.shape == pair[1].attention.shape]
-            if pairs:
-                metrics["flip_rate"] = float(np.mean([one.critical != other.critical for one, other in pairs]))
-                metrics["attention_drift"] = float(np.mean([_distance(one, other) for one, other in pairs]))
+            # What tells no slices apart never moves, and would look like the steadiest of all.
+            scored = [pair for pair in pairs if any(look.scored for look in pair)]
+            attended = [pair for pair in pairs if any(look.attention.min() < look.attention.max() for look in pair)]
+            if scored:
+                metrics["flip_rate"] = float(np.mean([one.critical != other.critical for one, other in scored]))
+            if attended:
+                metrics["attention_drift"] = float(np.mean([_distance(one, other) for one, other in attended]))
             self.seen = now
 
     def state_dict(self) -> dict[str, Any]:

@@ -117,6 +117,27 @@ def critical_of(recorder):
     return {case: look.critical for case, look in recorder.seen.items()}
 
 
+@pytest.mark.parametrize(
+    ("constant", "nans"),
+    [("instance_classifier.weight", ["flip_rate"]), ("query.0.weight", ["attention_drift"]), (None, [])],
+)
+def test_what_tells_no_slices_apart_does_not_count_as_steady(constant, nans):
+    network = make_network()
+    if constant is not None:
+        with torch.no_grad():
+            network.get_parameter(constant).zero_()
+    _, trainer, recorder = recorded(network, watched=(0, 1, 2))
+    trainer.state.metrics.clear()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in (constant, "query.0.bias"):
+                parameter.zero_()
+    recorder(trainer)
+    recorder(trainer)
+    figures = trainer.state.metrics
+    assert [name for name in ("flip_rate", "attention_drift") if math.isnan(figures[name])] == nans
+
+
 def test_flip_rate_and_attention_drift():
     network, before = make_network(), {}
     loss = make_loss()
