@@ -20,6 +20,7 @@ from .steadiness import STEADINESS
 __all__ = ["study_text", "write_arms", "write_pieces"]
 
 Row = dict[str, str]
+DISTANCE = "distance_mm_mean"
 STEADINESS_HEADS = {
     "val_accuracy_sd": "validation accuracy, sd",
     "val_sampling_error": "by sampling alone",
@@ -94,7 +95,11 @@ def _evidence(arms: Sequence[ArmResult], locked: bool) -> list[Row]:
         hits = {f"by {by}": _told(figure(arm.compared, f"hit_1_{by}")) for by in RANKINGS}
         if any(hits.values()):
             agreement = seed_agreement(list(arm.by_seed.values()))["score"]
-            within = {"slice AUC by score": _told(figure(arm.compared, "slice_auc_score"))}
+            within = {
+                "in the first three": _number(_mean(_of_pieces(arm, "key_slices", "score", "hit_3"))),
+                "mm from a true one": _number(_mean(_of_pieces(arm, "key_slices", "score", DISTANCE)), 1),
+                "slice AUC by score": _told(figure(arm.compared, "slice_auc_score")),
+            }
             rows.append(
                 {
                     "first slice is a true one": arm.name,
@@ -199,6 +204,11 @@ def write_arms(arms: Sequence[ArmResult], reference: str, path: Path) -> None:
             if name in against.compared.values:
                 row |= _named(f"{name}_difference", difference(arm.compared, against.compared, name))
         row |= _named("times_steadier", variance_ratio(against, arm))
+        for by, agreement in seed_agreement(list(arm.by_seed.values())).items():
+            row |= {f"{name}_{by}": _mean(_of_pieces(arm, "key_slices", by, name)) for name in ("hit_3", DISTANCE)}
+            row[f"seeds_agree_{by}"] = agreement
+        fitted = [value for one in arm.by_seed.values() for value in one.temperatures]
+        row |= {"temperature_low": min(fitted), "temperature_high": max(fitted)}
         row |= {name: mean_steadiness(arm, name) for name in STEADINESS}
         row["probability_sd"] = _mean(_of_pieces(arm, "probability_sd"))
         rows.append(row)

@@ -39,7 +39,8 @@ def make_arm(
                 record(f"n{fold}", 0, [1 - p[2 * fold + 1], p[2 * fold + 1]], scores=[0, 2, 1], truth=[0, 0, 0]),
                 record(f"p{fold}", 1, [1 - p[2 * fold], p[2 * fold]], scores=[0, 2, 1], truth=TRUTH[truth]),
             ]
-            shown = {"chance_hit_1": 1 / 3} if truth != "unknown" else {}
+            by_score = {"hit_3": 0.5 + 0.2 * fold, "distance_mm_mean": 3.0 + fold}
+            shown = {"chance_hit_1": 1 / 3, "score": by_score} if truth != "unknown" else {}
             finish(piece, test, VALIDATION, auc=0.6 + 0.2 * fold, nll=nll[fold], key_slices=shown, **more)
             pieces.append(piece)
     return collect(arm, pieces, resamples=50)
@@ -80,6 +81,7 @@ def test_tables_say_what_was_computed_by_hand(tmp_path):
 
     hit, miss, chance = found["first slice is a true one"]
     assert hit["by score"] == hit["by weight"] == "1.000 (1.000–1.000)"
+    assert (hit["in the first three"], hit["mm from a true one"]) == ("0.600", "3.5")
     assert miss["by score"] == "0.000 (0.000–0.000)"
     assert miss["by attention"] == "1.000 (1.000–1.000)"  # runs against the scores
     assert (chance["first slice is a true one"], chance["by score"]) == ("chance", "0.333")
@@ -95,7 +97,10 @@ def test_tables_say_what_was_computed_by_hand(tmp_path):
     assert steady["sd of test probabilities"] == "0.275"  # of 0.9 and 0.4, and of 0.8 and 0.2
 
     write_arms([before, other], "before", tmp_path / "arms.csv")
-    assert rows_of(tmp_path / "arms.csv")[0]["probability_sd"] == "0.275"
+    row = rows_of(tmp_path / "arms.csv")[0]
+    assert (row["probability_sd"], row["hit_3_score"], row["distance_mm_mean_score"]) == ("0.275", "0.6", "3.5")
+    assert float(row["temperature_low"]) <= float(row["temperature_high"])
+    assert row["seeds_agree_score"] == ""  # of one seed
 
     calibration, _ = found["calibration"]
     nll = -np.mean(np.log([0.9, 0.6, 0.8, 0.8]))
