@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -189,6 +190,15 @@ class BagDataset(monai.data.Dataset):
             prepared = made
         self._raise_refused([prepared])
         return dict(prepared)
+
+    def lengths(self) -> list[int]:
+        """Slices of each case after the preparation, as far as they lie in a cache; without one nothing is known."""
+        known = []
+        for key in self._made:
+            if self._cache is not None and isinstance(key, str):
+                with contextlib.suppress(DamagedEntry):  # made anew when it is asked for
+                    known.append(len(self._cache.open(key)))
+        return known
 
     def _read_drawn(self, index: int, epoch: int) -> dict[str, Any]:
         """A bag straight from the scan, of which only the drawn slices are decoded where that is enough."""

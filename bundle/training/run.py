@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ..data.dataset import BagDataset
 from ..model.bag_network import BagNetwork
 from ..model.encoder import FrozenBatchNorm2d, laid_out, load_encoder_weights
 from ..model.encoding import SliceEncoding
@@ -14,7 +15,7 @@ from ..results.figures import draw_curves
 from .checkpoint import BestModel
 from .distributed import group_size, is_first
 
-__all__ = ["finish_training", "start_network"]
+__all__ = ["finish_training", "start_network", "tell_draws"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,22 @@ def start_network(
         with_synced_norms(network, network.frozen)
     laid_out(network.encoder)
     return network
+
+
+def tell_draws(dataset: BagDataset, bag_size: int, strategy: str) -> None:
+    """Say of how many cases slices are drawn: of those with no more than `bag_size` every strategy takes all.
+
+    Args:
+        dataset: for training; without a cache nothing is known and nothing said.
+        bag_size: slices a bag.
+        strategy: how they are drawn, such as "random".
+    """
+    lengths = dataset.lengths()
+    if not lengths or strategy == "all" or not is_first():
+        return
+    longer = sum(length > bag_size for length in lengths)
+    told = f"bag_size {bag_size}: slices are drawn ({strategy}) of {longer} of {len(lengths)} training cases"
+    logger.info(told if longer == len(lengths) else f"{told}; the others have no more and are used whole")
 
 
 def finish_training(output_dir: str | Path, best: BestModel) -> None:

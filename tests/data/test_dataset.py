@@ -154,6 +154,11 @@ class Darken(Transform):
         return {**data, "image": data["image"] / 2}
 
 
+def test_slices_are_counted_where_a_cache_knows_them(tmp_path: Path) -> None:
+    assert dataset(cache=exact(tmp_path)).lengths() == [case["length"] for case in cases()]
+    assert dataset().lengths() == []
+
+
 def test_what_follows_the_first_draw_is_done_each_time(tmp_path: Path) -> None:
     """A transform without chance after a draw is not part of the kept preparation."""
     data = dataset(draws=[AllSlicesd(), Darken()], cache=exact(tmp_path))

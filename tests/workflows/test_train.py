@@ -70,6 +70,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(cohort, trained, tmp_path, mon
     assert epochs_before < 3
     done = monai(*arguments)
     assert "going on after epoch" in done.stdout
+    assert "slices are drawn (random) of" in done.stdout
     assert_same(output / "checkpoint.pt", trained / "checkpoint.pt")
     assert_same(output / "model.pt", trained / "model.pt")
     assert log(output) == log(trained)
