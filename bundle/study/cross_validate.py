@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if carry_out(pieces, plan):
         folder, look = plan.output_dir, collect
         if given.locked:
-            judge_locked(pieces)
+            if not given.report:  # which evaluates nothing
+                judge_locked(pieces)
             folder, look = folder / LOCKED, collect_locked
         result = look(plan.output_dir.name, pieces)
         if result is None and given.report:

@@ -43,7 +43,7 @@ def judge_locked(pieces: Sequence[Piece], progress: bool = True) -> None:
 
 
 def collect_locked(name: str, pieces: Sequence[Piece], resamples: int = 1000, seed: int = 0) -> ArmResult | None:
-    """What the finished pieces of an arm say of the locked cases, each piece for itself; None where none is done.
+    """What the pieces of an arm that judged the locked cases say, each for itself; None where none has.
 
     Args:
         name: of the arm.
@@ -51,7 +51,8 @@ def collect_locked(name: str, pieces: Sequence[Piece], resamples: int = 1000, se
         resamples: of patients.
         seed: of the resampling.
     """
-    done = done_pieces(pieces)
+    judged = [piece for piece in pieces if (piece.folder / "model.pt").exists() and evaluated(piece, LOCKED)]
+    done = done_pieces(judged)
     if not done:
         return None
     by_piece: dict[Hashable, OutOfFold] = {

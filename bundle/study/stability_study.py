@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if carry_out([piece for group in pieces.values() for piece in group], plan):
         folder, look = plan.output_dir, collect
         if given.locked:
-            judge_locked([piece for group in pieces.values() for piece in group])
+            if not given.report:  # which evaluates nothing
+                judge_locked([piece for group in pieces.values() for piece in group])
             folder, look = folder / LOCKED, collect_locked
         found = {name: look(name, group) for name, group in pieces.items()}
         whole = [result for result in found.values() if result is not None]

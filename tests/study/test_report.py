@@ -232,6 +232,8 @@ def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
             cases = [("a", 0, 0.2), ("b", 1, higher), ("c", 0, 0.7), ("d", 1, 0.8)]
             records = [record(c, y, [1 - q, q], scores=[0, 2, 1], truth=[0, y, 0]) for c, y, q in cases]
             write_records(piece.folder / "locked", records)
+            for name in ("model.pt", "locked/metrics.json"):
+                (piece.folder / name).touch()
         found[arm] = collect_locked(arm, pieces, resamples=50)
     assert list(found["after"].by_seed) == [(0, 0), (1, 0)]  # fold, seed
     # Three of four pairs of a negative and a positive case in order, in both pieces; and all of them.
@@ -245,3 +247,5 @@ def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
     assert "last third of the epochs" not in rows
     assert {path.name for path in (tmp_path / "locked").iterdir()} == {"report.md", "arms.csv", "arms.png"}
     assert collect_locked("none", [make_piece(tmp_path, "none", 0)]) is None
+    (pieces[0].folder / "locked" / "metrics.json").unlink()  # not judged yet
+    assert list(collect_locked("after", pieces, resamples=50).by_seed) == [(1, 0)]

@@ -321,3 +321,7 @@ def test_locked_cases_are_judged_at_the_end_and_once(cohort, small, whole, tmp_p
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/locked/predictions.csv")}
     run(words)
     assert times == {path: path.stat().st_mtime_ns for path in times}
+    for path in times:
+        shutil.rmtree(path.parent)
+    assert "done yet" in run([*words, "--report"], status=2).stderr  # which looks at nothing anew
+    assert not any(path.parent.exists() for path in times)
