@@ -29,7 +29,7 @@ def cases(seed, num_cases=60, num_classes=2, scale=3.0):
     return scale * true_logits, labels
 
 
-def smoothed_nll(log_temperature, logits, labels):
+def smoothed_nll(log_temperature, logits, labels, added=0.5):
     """The definition, case by case."""
     num_classes = logits.shape[1]
     total = 0.0
@@ -37,7 +37,7 @@ def smoothed_nll(log_temperature, logits, labels):
         log_p = torch.log_softmax(torch.from_numpy(row / np.exp(log_temperature)), 0).numpy()
         size = int((labels == label).sum())
         for k in range(num_classes):
-            total -= log_p[k] * ((size + 1) if k == label else 1) / (size + num_classes)
+            total -= log_p[k] * (size + added if k == label else added) / (size + added * num_classes)
     return total / len(labels)
 
 
@@ -46,12 +46,14 @@ def smoothed_nll(log_temperature, logits, labels):
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(4))
-def test_temperature_is_that_of_a_minimiser(seed, num_classes):
+@pytest.mark.parametrize("added", [None, 1.0, 0.0])
+def test_temperature_is_that_of_a_minimiser(seed, num_classes, added):
     logits, labels = cases(seed, num_classes=num_classes)
     bounds = (np.log(LOWEST), np.log(HIGHEST))
-    oracle = minimize_scalar(smoothed_nll, bounds, args=(logits, labels), bounds=bounds, method="bounded",
+    more = () if added is None else (added,)
+    oracle = minimize_scalar(smoothed_nll, bounds, args=(logits, labels, *more), bounds=bounds, method="bounded",
                              options={"xatol": 1e-9})  # fmt: skip
-    found = fit_temperature(logits, labels)
+    found = fit_temperature(logits, labels, *more)
     assert found.note is None
     assert found.value == pytest.approx(np.exp(oracle.x), rel=1e-5)
 
@@ -98,14 +100,14 @@ def test_no_temperature_changes_a_ranking(num_classes):
 
 
 def test_cases_without_an_error_do_not_drive_the_temperature_to_its_end():
-    """The plain NLL of these falls for ever; the smoothed one is least where p is the target, (n + 1) / (n + 2)."""
+    """The plain NLL of these falls for ever; the smoothed one is least where p is the target, (n + 1/2) / (n + 1)."""
     logits = np.array([[2.0, 0.0]] * 5 + [[0.0, 2.0]] * 5)
     labels = np.repeat([0, 1], 5)
     found = fit_temperature(logits, labels)
     assert found.note is None
-    assert calibrated(logits, found.value)[0, 0] == pytest.approx(6 / 7)
+    assert calibrated(logits, found.value)[0, 0] == pytest.approx(5.5 / 6)
     many = fit_temperature(np.repeat(logits, 10_000, axis=0), np.repeat(labels, 10_000))
-    assert calibrated(logits, many.value)[0, 0] == pytest.approx(50_001 / 50_002)
+    assert calibrated(logits, many.value)[0, 0] == pytest.approx(50_000.5 / 50_001)
     small = fit_temperature(0.01 * logits, labels)
     assert small.value == LOWEST
     assert "falls down to the lowest one allowed, 0.1" in small.note
