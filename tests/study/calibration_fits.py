@@ -1,8 +1,8 @@
 """Ways to fit a temperature on the inner validation cases, judged by the NLL of the test cases.
 
-python -m tests.study.calibration_fits OUTPUT_DIR …, from the repository root, where OUTPUT_DIR is that of a study; prints
-the test NLL without scaling, with `fit_temperature` and several numbers of `added` cases (1 is Platt's rule, 0 the plain
-fit), the mean over the finished trainings of each arm and then over the arms.
+python -m tests.study.calibration_fits OUTPUT_DIR …, from the repository root, where OUTPUT_DIR is that of a study;
+prints the test NLL as trained and after `fit_temperature` with several numbers of `added` cases (1 is Platt's rule, 0
+the plain fit), the mean over the finished trainings of each arm and then over the arms.
 """
 
 from __future__ import annotations
