@@ -16,7 +16,7 @@ from bundle.data.series import read_volume
 from bundle.errors import InputError, Refusal
 from bundle.weights import read_checkpoint
 
-from .limit import can_compile, decode, fastest, inference_forms
+from .limit import decode, fastest, inference_forms, may_compile
 from .made_scans import write_datalist, write_nifti, write_series
 from .measuring import digest_of_files, interleaved, seconds
 from .plain import READ_IN_MAIN_THREAD
@@ -92,7 +92,7 @@ def inference_cell(run: Run, size: int, norm: str, source: str, scans: Sequence[
     # The form is that of the encoder alone, whatever the scans.
     form_name = f"infer-{size}-{norm}-limit"
 
-    compiled = settings.compiled and can_compile()
+    compiled = may_compile(settings.compiled)
 
     def ours(**changes: Any) -> Measure:
         inference = inference_of(run, size, norm, scans, **changes)

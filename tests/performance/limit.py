@@ -22,7 +22,7 @@ from bundle.model.encoding import SliceEncoding
 
 from .measuring import seconds
 
-__all__ = ["can_compile", "decode", "fastest", "inference_forms", "training_forms"]
+__all__ = ["decode", "fastest", "inference_forms", "may_compile", "training_forms"]
 
 logger = logging.getLogger(__name__)
 CHUNK = 16  # slices: their activations stay in the cache of a processor
@@ -33,9 +33,17 @@ OWN = "the project's encoder"
 Form = Callable[[Tensor], Tensor]
 
 
+def may_compile(wanted: bool) -> bool:
+    """Make torch.compile ready for the contenders of one cell; whether it is wanted and works here."""
+    # Encoders share their code, and so the number of forms that is allowed; what earlier ones used up is given back.
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = RECOMPILED
+    return wanted and _can_compile()
+
+
 @functools.cache
-def can_compile() -> bool:
-    """Whether torch.compile works here: on a CPU it needs a C++ compiler."""
+def _can_compile() -> bool:
+    # On a CPU it needs a C++ compiler.
     try:
         torch.compile(nn.ReLU())(torch.ones(2))
     except Exception as error:
@@ -121,9 +129,6 @@ def _encode_of(network: Any) -> Form:
 
 
 def _compiled(encoder: nn.Module) -> Any:
-    # Encoders share their code, and so the number of forms that is allowed; what earlier ones used up is given back.
-    torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = RECOMPILED
     # A second number of slices makes a form for all numbers, so that many scans do not compile a form each.
     return torch.compile(encoder, dynamic=None)
 

@@ -21,7 +21,7 @@ from bundle.data.collate import collate_bags
 from bundle.errors import InputError
 from tests.performance import benchmark, growth_part, inference_part, memory_child, training_part
 from tests.performance.inference_part import agreement, inference_cell
-from tests.performance.limit import decode, fastest, inference_forms, training_forms
+from tests.performance.limit import decode, fastest, inference_forms, may_compile, training_forms
 from tests.performance.made_scans import write_nifti, write_series
 from tests.performance.measuring import Record, Store, interleaved, paired, spread, surroundings
 from tests.performance.memory_child import held_bytes, measured, peak_bytes, peak_of
@@ -369,6 +369,8 @@ def test_one_compiled_form_serves_many_numbers_of_slices(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch, "compile", compiled)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    assert may_compile(True)
+    given.clear()
     encoder, device = small_encoder(), torch.device("cpu")
     both = {"compiled", "the project's encoder, compiled"}
     assert both < dict(training_forms(encoder, Own(encoder), None, device, by_slice=False, compiled=True)).keys()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .limit import can_compile, fastest, training_forms
+from .limit import fastest, may_compile, training_forms
 from .made_scans import write_datalist, write_nifti
 from .measuring import interleaved, seconds
 from .profiling import profiled
@@ -39,9 +39,11 @@ def training_cell(run: Run, size: int, norm: str) -> dict[str, Any]:
     paths = [str(folder / image) for image in images]
     changes = settings.changes(size, norm)
 
-    def ours(augment: bool) -> Measure:
+    compiled = may_compile(settings.compiled)
+
+    def ours(**more: Any) -> Measure:
         datalist = write_datalist(folder, images)
-        training = Training(datalist, run.store.folder / "slices", settings.device, augment=augment, **changes)
+        training = Training(datalist, run.store.folder / "slices", settings.device, **{**changes, **more})
         training.epoch()
         return training.measure
 
@@ -68,15 +70,16 @@ def training_cell(run: Run, size: int, norm: str) -> dict[str, Any]:
         network = network_of(settings.device, changes).train()
         forms = training_forms(
             stock_encoder(norm, settings.shape), network, run.low, run.device, by_slice=norm != "batch",
-            compiled=settings.compiled and can_compile(),
+            compiled=compiled,
         )  # fmt: skip
         form, once, tried = fastest(forms, slices, True, partial(run.tell_of, name), known.get("form"))
         run.store.put(f"{name}-limit", known or {"form": form, "seconds": tried})
         return lambda: {"seconds": seconds(lambda: once(slices), run.device) / settings.batch_size}
 
-    contenders: dict[str, Callable[[], Measure]] = {
-        OURS: lambda: ours(True),
-        PLAIN: lambda: ours(False),
+    contenders: dict[str, Callable[[], Measure]] = {OURS: ours, PLAIN: lambda: ours(augment=False)}
+    if compiled:
+        contenders[COMPILED] = lambda: ours(compile_encoder=True)
+    contenders |= {
         STOCK: stock(dual_stream, augment=True),
         f"{STOCK}, no augmentation": stock(dual_stream),
         TYPED: stock(dual_stream, augment=True, typed=True),
