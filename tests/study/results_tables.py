@@ -122,6 +122,7 @@ KINDS: dict[str, dict[str, Column]] = {
         "clipped": plain("clipped_share", 2),
     },
     "accuracy": {
+        "seeds": lambda row: row["seeds"],
         "AUC": interval("auc"),
         "against {reference}, paired": signed("auc_difference"),
         "accuracy": interval("accuracy"),
