@@ -111,6 +111,7 @@ def check_config(*workflows: str, weights: str | Path | None = None, trusted_mod
                 config[key] = value
     if not problems:
         problems += _unknown_arguments(config, "")
+        problems += _no_booleans(config, base, "")
     if recipe is not None and not problems:
         problems += recipe.disagreements(config, base)
     if problems:
@@ -279,6 +280,16 @@ def _unknown_arguments(config: Any, where: str) -> Iterator[str]:
     elif isinstance(config, list):
         for index, value in enumerate(config):
             yield from _unknown_arguments(value, f"{where}{index}::")
+
+
+def _no_booleans(given: Mapping[str, Any], base: Mapping[str, Any], where: str) -> Iterator[str]:
+    """A sentence for every text inside a section or definition where the default is true or false; all text is true."""
+    for key, default in base.items():
+        value = given.get(key)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            yield from _no_booleans(value, default, f"{where}{key}::")
+        elif isinstance(default, bool) and isinstance(value, str) and _is_plain(value):
+            yield f"{where}{key} must be true or false, not {value!r}"
 
 
 def _arguments_of(target: str, config: dict[str, Any], where: str) -> Iterator[str]:

@@ -40,7 +40,7 @@ definition: {{_target_: torch.nn.Linear, in_features: 2, out_features: "@count"}
 anything: {{_target_: bundle.BagTrainer, max_epochs: 3}}
 any_arguments: {{_target_: builtins.dict, whatever: 1}}
 section:
-  inner: {{_target_: torch.nn.ReLU}}
+  inner: {{_target_: torch.nn.ReLU, inplace: false}}
   number: 5
   deeper: {{key: 1}}
 empty: {{}}
@@ -100,6 +100,7 @@ def test_the_shipped_config_passes(mini):
          "there is nothing called 'torch.nn.Liner' to import"),
         ({"flag": "yes"}, "flag must be true or false, not 'yes'"),
         ({"flag": 1}, "flag must be true or false, not 1"),
+        ({"section::inner::inplace": "maybe"}, "section::inner::inplace must be true or false, not 'maybe'"),
         ({"rate": "1e-4"}, "rate must be a number, not '1e-4'; in YAML write 1.0e-4, not 1e-4"),
         ({"rate": "fast"}, "rate must be a number, not 'fast'"),
         ({"rate": ""}, "rate must be a number, not ''"),
