@@ -120,9 +120,9 @@ def read_ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
         depth: items that exist at most besides those given out.
     """
     source = iter(items)
-    # There is nothing yet that the first could be read beside, and where it is the only one no thread comes to work:
-    # with a team of OpenMP workers in each of two threads, more than there are cores, those of both sleep between
-    # operations, and a network of many small ones was seen to take half again its time.
+    # There is nothing yet that the first could be read beside, and where it is the only one no thread comes to work.
+    # With one, a single scan was seen to take a quarter longer on two cores: perhaps because PyTorch then has a team of
+    # workers for each of two threads.
     first = list(islice(source, 1))
     if not first:
         return
