@@ -26,6 +26,7 @@ __all__ = [
     "confidence",
     "losses",
     "predicted_classes",
+    "risk_at",
     "risk_coverage",
 ]
 
@@ -109,14 +110,38 @@ def aurc(loss: ArrayLike, confidences: ArrayLike, weights: ArrayLike | None = No
     Returns:
         (R,), NaN for a resample of no case.
     """
-    c, order, ends = _blocks(confidences)
-    w = np.ones((1, len(c))) if weights is None else np.asarray(weights, dtype=np.float64)
-    kept = w[:, order].cumsum(axis=1)[:, ends]  # (R, U)
-    lost = (w * np.asarray(loss, dtype=np.float64))[:, order].cumsum(axis=1)[:, ends]
-    risk = lost / np.where(kept > 0, kept, 1.0)
-    total = kept[:, -1:].sum(axis=1)
+    kept, risk, total = _resampled(loss, confidences, weights)
     area = (risk * np.diff(kept, axis=1, prepend=0.0)).sum(axis=1)
     return np.asarray(np.where(total > 0, area / np.where(total > 0, total, 1.0), np.nan), dtype=np.float64)
+
+
+def risk_at(loss: ArrayLike, confidences: ArrayLike, coverage: float, weights: ArrayLike | None = None) -> Floats:
+    """Mean loss of the most confident cases: as few of them as are the share `coverage` or more, equal ones together.
+
+    Args:
+        loss: (M,) of each answer.
+        confidences: (M,).
+        coverage: in (0, 1].
+        weights: (R, M) case weights of R resamples; None: each case once.
+
+    Returns:
+        (R,), NaN for a resample of no case.
+    """
+    kept, risk, total = _resampled(loss, confidences, weights)
+    if not kept.size:
+        return np.full(len(total), np.nan)
+    # A share such as 0.8 of 5 cases is no exact number of them.
+    place = (kept >= coverage * total[:, None] * (1 - 1e-12)).argmax(axis=1)
+    return np.asarray(np.where(total > 0, risk[np.arange(len(risk)), place], np.nan), dtype=np.float64)
+
+
+def _resampled(loss: ArrayLike, confidences: ArrayLike, weights: ArrayLike | None) -> tuple[Floats, Floats, Floats]:
+    """For R resamples: cases kept (R, U) by each distinct confidence, highest first, their risk, and all cases (R,)."""
+    c, order, ends = _blocks(confidences)
+    w = np.ones((1, len(c))) if weights is None else np.asarray(weights, dtype=np.float64)
+    kept = w[:, order].cumsum(axis=1)[:, ends]
+    lost = (w * np.asarray(loss, dtype=np.float64))[:, order].cumsum(axis=1)[:, ends]
+    return kept, lost / np.where(kept > 0, kept, 1.0), kept[:, -1:].sum(axis=1)
 
 
 def aurc_interval(

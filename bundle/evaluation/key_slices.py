@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from .bootstrap import mean_interval
 
 __all__ = [
+    "CASE_SCORES",
     "KEY_SLICE_DEFINITIONS",
     "RANKINGS",
     "case_key_slices",

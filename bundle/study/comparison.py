@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..evaluation.abstention import aurc, confidence, risk_at
 from ..evaluation.bootstrap import patient_weights, percentile_interval, weighted_scores
 from ..evaluation.key_slices import RANKINGS
 from .out_of_fold import OutOfFold
 
-__all__ = ["COMPARED", "Compared", "Figure", "compared", "difference", "figure", "seed_agreement"]
+__all__ = ["COMPARED", "Compared", "Figure", "compared", "difference", "figure"]
 
 Floats = NDArray[np.float64]
 
@@ -33,11 +34,17 @@ COMPARED: dict[str, str] = {
     "point_f1_macro": "macro F1 there",
     "point_sensitivity": "sensitivity there",
     "point_specificity": "specificity there",
+    "aurc": "share of errors of the surest cases, mean over all shares of them, after the temperature",
+    "risk_80": "share of errors of the surest 80% of the cases, after it",
     **{f"hit_1_{by}": f"share of positive cases whose first slice by {by} is a true one" for by in RANKINGS},
+    **{f"hit_3_{by}": f"share of positive cases with a true one among the first three by {by}" for by in RANKINGS},
+    **{f"distance_mm_{by}": f"mm from the first slice by {by} to the nearest true one, mean" for by in RANKINGS},
     **{f"slice_auc_{by}": f"ROC area of slice truth within a positive case by {by}, mean" for by in RANKINGS},
 }
-ENSEMBLE = "ensemble_"
+ENSEMBLE, AGREE = "ensemble_", "agree_"
 PLAIN = ("auc", "accuracy", "f1_macro", "nll", "brier", "ece")
+# How a figure of evidence, one of `CASE_SCORES`, is called here.
+EVIDENCE = {"hit_1": "hit_1", "hit_3": "hit_3", "distance_mm": "distance_mm", "instance_auc": "slice_auc"}
 
 
 class Figure(NamedTuple):
@@ -53,25 +60,27 @@ class Compared(NamedTuple):
 
     Attributes:
         by_run: run (its seed, or fold and seed) → score → (1 + R,).
-        ensemble: the same of the probabilities averaged over the runs; empty with one run.
+        together: score → (1 + R,) of all runs at once, empty with one run: `ensemble_<score>` of the probabilities
+            averaged over them; `agree_<ranking>`, the share of positive cases with slice truth whose first slice is the
+            same in two runs, over all pairs of them.
         cases: names, and with them the resamples, that differences are paired by.
     """
 
     by_run: dict[Hashable, dict[str, Floats]]
-    ensemble: dict[str, Floats]
+    together: dict[str, Floats]
     cases: list[str]
 
     def rows(self, name: str, runs: Iterable[Hashable] | None = None) -> Floats:
-        """(1 + R,) of a score, the mean over these runs (None: all); `ensemble_<score>` of all runs together."""
-        if name.startswith(ENSEMBLE):
-            return self.ensemble[name.removeprefix(ENSEMBLE)]
+        """(1 + R,) of a score, the mean over these runs (None: all), or of all runs at once."""
+        if name in self.together:
+            return self.together[name]
         chosen = self.by_run if runs is None else runs
         return np.asarray(np.mean([self.by_run[run][name] for run in chosen], axis=0), dtype=np.float64)
 
     @property
     def values(self) -> dict[str, float]:
-        """Score → value on the cases themselves, the mean over the runs; `ensemble_<score>` with several."""
-        names = [*next(iter(self.by_run.values())), *(ENSEMBLE + name for name in self.ensemble)]
+        """Score → value on the cases themselves, the mean over the runs, and of all runs at once."""
+        names = [*next(iter(self.by_run.values())), *self.together]
         return {name: float(self.rows(name)[0]) for name in names}
 
 
@@ -92,12 +101,19 @@ def compared(by_run: Mapping[Hashable, OutOfFold], resamples: int = 1000, seed: 
         raise InputError("the seeds of an arm have different test cases: see which were refused")
     drawn = patient_weights(first.patients, resamples, seed)
     weights = np.concatenate([np.ones((1, len(first.cases))), drawn])
-    ensemble = {}
-    if len(every) > 1:
-        together = np.mean([one.raw.probabilities for one in every], axis=0)
-        found = weighted_scores(first.labels, together, together.argmax(axis=1), weights)
-        ensemble = {name: found[name] for name in PLAIN}
-    return Compared({run: _scores(one, weights) for run, one in by_run.items()}, ensemble, first.cases)
+    together = _together(every, weights) if len(every) > 1 else {}
+    return Compared({run: _scores(one, weights) for run, one in by_run.items()}, together, first.cases)
+
+
+def _together(every: Sequence[OutOfFold], weights: Floats) -> dict[str, Floats]:
+    mean = np.mean([one.raw.probabilities for one in every], axis=0)
+    found = weighted_scores(every[0].raw.labels, mean, mean.argmax(axis=1), weights)
+    result = {ENSEMBLE + name: found[name] for name in PLAIN}
+    for by in RANKINGS:
+        pairs = [one.top_slice[by] == other.top_slice[by] for one, other in combinations(every, 2)]
+        counted = np.isfinite(every[0].evidence["hit_1"][by])
+        result[AGREE + by] = _weighted_mean(np.where(counted, np.mean(pairs, axis=0), math.nan), weights)
+    return result
 
 
 def _scores(one: OutOfFold, weights: Floats) -> dict[str, Floats]:
@@ -107,9 +123,10 @@ def _scores(one: OutOfFold, weights: Floats) -> dict[str, Floats]:
     result = {name: plain[name] for name in PLAIN}
     result |= {f"calibrated_{name}": after[name] for name in ("nll", "brier", "ece")}
     result |= {f"point_{name}": after[name] for name in ("accuracy", "f1_macro", "sensitivity", "specificity")}
-    for by in RANKINGS:
-        result[f"hit_1_{by}"] = _weighted_mean(one.hit[by], weights)
-        result[f"slice_auc_{by}"] = _weighted_mean(one.instance_auc[by], weights)
+    wrong, surest = one.calibrated.argmax(axis=1) != labels, confidence(one.calibrated)
+    result |= {"aurc": aurc(wrong, surest, weights), "risk_80": risk_at(wrong, surest, 0.8, weights)}
+    for name, called in EVIDENCE.items():
+        result |= {f"{called}_{by}": _weighted_mean(one.evidence[name][by], weights) for by in RANKINGS}
     return result
 
 
@@ -121,14 +138,16 @@ def _weighted_mean(values: Floats, weights: Floats) -> Floats:
 
 
 def figure(one: Compared, name: str) -> Figure:
-    """A score with its interval over patients."""
+    """A score with its interval over patients; NaN for one of several runs at once where there is one run."""
+    if name not in one.together and name not in COMPARED:
+        return Figure(math.nan, math.nan, math.nan)
     return _figure(one.rows(name))
 
 
 def difference(one: Compared, other: Compared, name: str) -> Figure:
     """How much larger a score is than that of another arm, paired: same cases, same resamples, same runs.
 
-    Runs that one of the two does not have are left out; NaN where none is left, and for an ensemble of other runs.
+    Runs that one of the two does not have are left out; NaN where none is left, and for other runs at once.
 
     Raises:
         InputError: the arms have different test cases.
@@ -140,7 +159,7 @@ def difference(one: Compared, other: Compared, name: str) -> Figure:
         )
     both = [run for run in one.by_run if run in other.by_run]
     same = len(both) == len(one.by_run) == len(other.by_run)
-    if not both or (name.startswith(ENSEMBLE) and not same):
+    if not both or (name not in COMPARED and not (same and name in one.together)):
         return Figure(math.nan, math.nan, math.nan)
     return _figure(one.rows(name, both) - other.rows(name, both))
 
@@ -148,16 +167,3 @@ def difference(one: Compared, other: Compared, name: str) -> Figure:
 def _figure(rows: Floats) -> Figure:
     interval = percentile_interval(rows[1:])
     return Figure(float(rows[0]), interval.low, interval.high)
-
-
-def seed_agreement(by_seed: Sequence[OutOfFold]) -> Mapping[str, float]:
-    """Ranking → share of positive cases with slice truth whose first slice is the same with two seeds, over all pairs.
-
-    NaN with one seed, or without such cases.
-    """
-    found = {}
-    for by in RANKINGS:
-        counted = np.isfinite(by_seed[0].hit[by])
-        pairs = [one.top_slice[by][counted] == other.top_slice[by][counted] for one, other in combinations(by_seed, 2)]
-        found[by] = float(np.mean(pairs)) if pairs and counted.any() else math.nan
-    return found

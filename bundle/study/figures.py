@@ -1,10 +1,10 @@
-"""A study as pictures: what each arm wins and costs, the traces of the loss, and the validation curves."""
+"""A study as pictures: what each arm wins and costs, and how its trainings went."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from ..results.curves import BLUE, GREEN, ORANGE, PINK, save_figure
 from .arm_results import ArmResult, variance_ratio
 from .comparison import difference, figure
+from .panels import finish, grid
 from .steadiness import read_log
 
-__all__ = ["draw_arms", "draw_traces", "draw_validation"]
-
-COLUMNS = 4
+__all__ = ["draw_arms", "draw_selection", "draw_traces", "draw_validation"]
 
 
 def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[str]) -> None:
@@ -41,9 +40,7 @@ def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[
     panels[1].set_xlabel(f"test NLL less that of {reference}")
     _bars(panels[2], places, [variance_ratio(against, arm) for arm in arms], GREEN)
     panels[2].set(xscale="log", xlabel="times steadier (bar: pieces)")
-    panels[2].xaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # more numbers would lie over each other
-    for formatter in (panels[2].xaxis.set_major_formatter, panels[2].xaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _plain_numbers(panels[2].xaxis)
     panels[2].axvline(1, color="0.5", linewidth=1)
     for by, colour, shift in (("score", BLUE, -0.15), ("attention", PINK, 0.15)):
         found = [figure(arm.compared, f"hit_1_{by}") for arm in arms]
@@ -59,6 +56,13 @@ def draw_arms(arms: Sequence[ArmResult], reference: str, png: str | os.PathLike[
     save_figure(drawn, png)
 
 
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10, … on a logarithmic axis; more numbers would lie over each other."""
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _bars(panel: Any, places: Any, found: Sequence[Any], colour: str, label: str | None = None) -> None:
     value, low, high = (np.array([one[i] for one in found], dtype=float) for i in range(3))
     panel.hlines(places, low, high, color=colour, alpha=0.5, linewidth=3)
@@ -67,51 +71,70 @@ def _bars(panel: Any, places: Any, found: Sequence[Any], colour: str, label: str
 
 def draw_traces(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> None:
     """Draw the NLL of every training batch of each arm's first piece, a panel an arm, all on one scale."""
-    drawn, panels = _grid(len(arms))
+    drawn, panels = grid(len(arms))
     for panel, arm in zip(panels, arms, strict=False):
         folder = next(iter(arm.pieces))
         batches = read_log(folder / "batches.csv")
         per_epoch = (batches["epoch"] == batches["epoch"].max()).sum()
         panel.plot(np.arange(len(batches["nll"])) / per_epoch, batches["nll"], color=BLUE, linewidth=0.5)
         panel.set_title(arm.name, fontsize=10)
-    _finish(drawn, panels, len(arms), "epoch", "NLL of a batch (nats)")
+    finish(drawn, panels, len(arms), "epoch", "NLL of a batch (nats)")
     panels[0].set_ylim(bottom=0)
     save_figure(drawn, png)
 
 
 def draw_validation(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> None:
     """Draw validation accuracy and AUC by epoch, a panel an arm: the mean over its pieces and their range."""
-    drawn, panels = _grid(len(arms))
+    drawn, panels = grid(len(arms))
     for panel, arm in zip(panels, arms, strict=False):
-        logs = [read_log(folder / "epochs.csv") for folder in arm.pieces]
-        length = min(len(log["epoch"]) for log in logs)
+        logs = _logs(arm)
         for name, colour in (("val_accuracy", BLUE), ("val_auc", ORANGE)):
-            values = np.array([log[name][:length] for log in logs if name in log]).reshape(-1, length)
-            if not len(values):
-                continue
-            known = np.isfinite(values).all(axis=0)  # not every epoch is validated
-            epochs, values = logs[0]["epoch"][:length][known], values[:, known]
-            panel.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-            panel.plot(epochs, values.mean(axis=0), color=colour, linewidth=1.2, label=name.removeprefix("val_"))
+            _mean_and_range(panel, logs, name, colour, name.removeprefix("val_"))
         panel.set_title(arm.name, fontsize=10)
     panels[0].legend(fontsize=8, loc="lower right")
-    _finish(drawn, panels, len(arms), "epoch", "validation")
+    finish(drawn, panels, len(arms), "epoch", "validation")
     panels[0].set_ylim(0, 1.02)
     save_figure(drawn, png)
 
 
-def _grid(count: int) -> tuple[Figure, Any]:
-    columns = min(COLUMNS, count)
-    rows = math.ceil(count / columns)
-    drawn = Figure(figsize=(4 * columns, 2.2 * rows + 0.4), layout="constrained")
-    panels: Any = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    return drawn, panels.ravel()
+def draw_selection(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> None:
+    """Draw how much the selected slice and the attention moved at each epoch, and the temperature where it changes.
+
+    A panel an arm, as in `draw_validation`; the temperature has an axis of its own, a logarithmic one. A hard selection
+    does not use it.
+    """
+    drawn, panels = grid(len(arms))
+    for panel, arm in zip(panels, arms, strict=False):
+        logs = _logs(arm)
+        _mean_and_range(panel, logs, "flip_rate", BLUE, "flips of the first slice")
+        _mean_and_range(panel, logs, "attention_drift", ORANGE, "drift of attention")
+        panel.set_title(arm.name, fontsize=10)
+        temperature = logs[0].get("temperature", np.zeros(0))
+        if len(np.unique(temperature)) > 1:
+            right = panel.twinx()
+            right.plot(logs[0]["epoch"], temperature, color="0.4", linestyle="--", linewidth=1)
+            right.set_yscale("log")
+            right.set_ylabel("temperature", fontsize=8)
+            right.tick_params(labelsize=7, which="both")
+            _plain_numbers(right.yaxis)
+    if panels[0].lines:
+        panels[0].legend(fontsize=8, loc="upper right")
+    finish(drawn, panels, len(arms), "epoch", "share of watched cases, of attention")
+    panels[0].set_ylim(0, 1.02)
+    save_figure(drawn, png)
 
 
-def _finish(drawn: Figure, panels: Any, count: int, below: str, beside: str) -> None:
-    for panel in panels[:count]:
-        panel.grid(alpha=0.25)
-    for panel in panels[count:]:
-        panel.axis("off")
-    drawn.supxlabel(below, fontsize=10)
-    drawn.supylabel(beside, fontsize=10)
+def _logs(arm: ArmResult) -> list[Mapping[str, Any]]:
+    """epochs.csv of each piece, as far as the shortest goes."""
+    logs = [read_log(folder / "epochs.csv") for folder in arm.pieces]
+    length = min(len(log["epoch"]) for log in logs)
+    return [{name: values[:length] for name, values in log.items()} for log in logs]
+
+
+def _mean_and_range(panel: Any, logs: Sequence[Mapping[str, Any]], name: str, colour: str, label: str) -> None:
+    values = np.array([log[name] for log in logs if name in log])
+    known = np.isfinite(values).all(axis=0) if len(values) else np.zeros(0, dtype=bool)  # not every epoch is validated
+    if known.any():
+        epochs, values = logs[0]["epoch"][known], values[:, known]
+        panel.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        panel.plot(epochs, values.mean(axis=0), color=colour, linewidth=1.2, label=label)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..evaluation.abstention import predicted_classes
 from ..evaluation.calibration import calibrated, fit_temperature, operating_point
-from ..evaluation.key_slices import RANKINGS, case_key_slices, rankings_that_tell
+from ..evaluation.key_slices import CASE_SCORES, RANKINGS, case_key_slices, rankings_that_tell
 
 __all__ = ["OutOfFold", "Predictions", "fitted_on_validation", "out_of_fold", "read_predictions"]
 
@@ -54,8 +54,7 @@ class OutOfFold(NamedTuple):
         calibrated: the same after the temperature of each piece's inner validation.
         at_point: (M,) classes by each piece's operating point (two classes; else the most probable).
         top_slice: ranking → (M,) stored number of the first slice, NaN where the case has no such ranking.
-        hit: ranking → (M,) 1 where that slice is a true one, 0 where not, NaN for cases without a known true slice.
-        instance_auc: ranking → (M,) ROC area of slice truth within the case, NaN likewise.
+        evidence: each of `CASE_SCORES` → ranking → (M,), NaN for cases without a known true slice.
         temperatures: of the pieces.
     """
 
@@ -63,8 +62,7 @@ class OutOfFold(NamedTuple):
     calibrated: Floats
     at_point: NDArray[np.int64]
     top_slice: dict[str, Floats]
-    hit: dict[str, Floats]
-    instance_auc: dict[str, Floats]
+    evidence: dict[str, dict[str, Floats]]
     temperatures: list[float]
 
 
@@ -138,8 +136,8 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
     def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate(values)[order]
 
-    def by_ranking(name: str) -> dict[str, NDArray[Any]]:
-        return {by: joined([getattr(part, name)[by] for part in parts]) for by in RANKINGS}
+    def by_ranking(values: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+        return {by: joined([one[by] for one in values]) for by in RANKINGS}
 
     return OutOfFold(
         Predictions(
@@ -151,9 +149,8 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
         ),
         joined([part.calibrated for part in parts]),
         joined([part.at_point for part in parts]),
-        by_ranking("top_slice"),
-        by_ranking("hit"),
-        by_ranking("instance_auc"),
+        by_ranking([part.top_slice for part in parts]),
+        {name: by_ranking([part.evidence[name] for part in parts]) for name in CASE_SCORES},
         [value for part in parts for value in part.temperatures],
     )
 
@@ -174,8 +171,7 @@ def _piece(folder: Path, sensitivity: float, section: str) -> OutOfFold:
         after,
         after.argmax(axis=1) if threshold is None else predicted_classes(after, threshold),
         _of_cases(evidence, "index"),
-        _of_cases(evidence, "hit_1"),
-        _of_cases(evidence, "instance_auc"),
+        {name: _of_cases(evidence, name) for name in CASE_SCORES},
         [temperature],
     )
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..files import replacing
 from .arm_results import ArmResult
-from .figures import draw_arms, draw_traces, draw_validation
+from .calibration_figures import draw_reliability, draw_risk_coverage
+from .figures import draw_arms, draw_selection, draw_traces, draw_validation
 from .tables import study_text, write_arms, write_pieces
 
 __all__ = ["report"]
@@ -21,7 +22,8 @@ def report(
     Args:
         results: of arms that are whole, in the order of the rows.
         reference: name of the arm that differences are against; the first where it is not among them.
-        folder: gets report.md, arms.csv, pieces.csv, arms.png, traces.png and validation.png.
+        folder: gets the tables report.md, arms.csv, pieces.csv and the figures arms.png, traces.png, validation.png,
+            selection.png, reliability.png and risk_coverage.png.
         left_out: names of arms that are not whole.
         locked: whether these are results on the locked cases, which have no figures of the trainings of their own.
     """
@@ -32,8 +34,11 @@ def report(
         temporary.write_text(text, encoding="utf-8")
     write_arms(results, against, folder / "arms.csv")
     draw_arms(results, against, folder / "arms.png")
+    draw_reliability(results, folder / "reliability.png")
+    draw_risk_coverage(results, folder / "risk_coverage.png")
     if not locked:
         write_pieces(results, folder / "pieces.csv")
         draw_traces(results, folder / "traces.png")
         draw_validation(results, folder / "validation.png")
+        draw_selection(results, folder / "selection.png")
     print(f"\n{text}\n{folder}")

@@ -14,13 +14,12 @@ from ..evaluation.key_slices import RANKINGS
 from ..evaluation.scores import score
 from ..files import replacing
 from .arm_results import ArmResult, mean_steadiness, variance_ratio
-from .comparison import COMPARED, Figure, difference, figure, seed_agreement
+from .comparison import Figure, difference, figure
 from .steadiness import STEADINESS
 
 __all__ = ["study_text", "write_arms", "write_pieces"]
 
 Row = dict[str, str]
-DISTANCE = "distance_mm_mean"
 STEADINESS_HEADS = {
     "val_accuracy_sd": "validation accuracy, sd",
     "val_sampling_error": "by sampling alone",
@@ -81,9 +80,7 @@ def _scores(arms: Sequence[ArmResult], against: ArmResult, locked: bool) -> list
             "accuracy": _told(figure(arm.compared, "accuracy")),
             # On the locked cases that of a piece is what is averaged.
             "AUC of a piece, mean ± sd": "" if locked else _mean_and_sd(_of_pieces(arm, "scores", "test", "auc")),
-            f"AUC of all {several} together": _told(figure(arm.compared, "ensemble_auc"))
-            if len(arm.by_seed) > 1
-            else "",
+            f"AUC of all {several} together": _told(figure(arm.compared, "ensemble_auc")),
         }
         for arm in arms
     ]
@@ -94,18 +91,14 @@ def _evidence(arms: Sequence[ArmResult], locked: bool) -> list[Row]:
     for arm in arms:
         hits = {f"by {by}": _told(figure(arm.compared, f"hit_1_{by}")) for by in RANKINGS}
         if any(hits.values()):
-            agreement = seed_agreement(list(arm.by_seed.values()))["score"]
-            within = {
-                "in the first three": _number(_mean(_of_pieces(arm, "key_slices", "score", "hit_3"))),
-                "mm from a true one": _number(_mean(_of_pieces(arm, "key_slices", "score", DISTANCE)), 1),
-                "slice AUC by score": _told(figure(arm.compared, "slice_auc_score")),
-            }
             rows.append(
                 {
                     "first slice is a true one": arm.name,
                     **hits,
-                    **within,
-                    f"{several} agree (score)": _number(agreement),
+                    "in the first three": _told(figure(arm.compared, "hit_3_score")),
+                    "mm from a true one": _told(figure(arm.compared, "distance_mm_score"), 1),
+                    "slice AUC by score": _told(figure(arm.compared, "slice_auc_score")),
+                    f"{several} agree (score)": _told(figure(arm.compared, "agree_score")),
                 }
             )
     # The pieces know the chance on their own test cases.
@@ -151,6 +144,9 @@ def _calibration(arms: Sequence[ArmResult]) -> list[Row]:
                 # Of the rule for two classes.
                 "sensitivity at the point": _told(figure(arm.compared, "point_sensitivity")) if two else "",
                 "specificity there": _told(figure(arm.compared, "point_specificity")) if two else "",
+                "errors of all": _number(1 - figure(arm.compared, "accuracy").value),
+                "of the surest 80%": _told(figure(arm.compared, "risk_80")),
+                "of the surest, mean over all shares": _told(figure(arm.compared, "aurc")),
             }
         )
     return rows
@@ -179,8 +175,9 @@ def _signed(arm: ArmResult, against: ArmResult, name: str) -> str:
     return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})" if math.isfinite(found.value) else ""
 
 
-def _told(found: Figure) -> str:
-    return f"{found.value:.3f} ({found.low:.3f}–{found.high:.3f})" if math.isfinite(found.value) else ""
+def _told(found: Figure, digits: int = 3) -> str:
+    value, low, high = (f"{number:.{digits}f}" for number in found)
+    return f"{value} ({low}–{high})" if math.isfinite(found.value) else ""
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -199,14 +196,10 @@ def write_arms(arms: Sequence[ArmResult], reference: str, path: Path) -> None:
     rows = []
     for arm in arms:
         row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.by_seed), "pieces": len(arm.pieces)}
-        for name in (name for name in arm.compared.values if name in COMPARED or name.startswith("ensemble_")):
+        for name in arm.compared.values:
             row |= _named(name, figure(arm.compared, name))
-            if name in against.compared.values:
-                row |= _named(f"{name}_difference", difference(arm.compared, against.compared, name))
+            row |= _named(f"{name}_difference", difference(arm.compared, against.compared, name))
         row |= _named("times_steadier", variance_ratio(against, arm))
-        for by, agreement in seed_agreement(list(arm.by_seed.values())).items():
-            row |= {f"{name}_{by}": _mean(_of_pieces(arm, "key_slices", by, name)) for name in ("hit_3", DISTANCE)}
-            row[f"seeds_agree_{by}"] = agreement
         fitted = [value for one in arm.by_seed.values() for value in one.temperatures]
         row |= {"temperature_low": min(fitted), "temperature_high": max(fitted)}
         row |= {name: mean_steadiness(arm, name) for name in STEADINESS}

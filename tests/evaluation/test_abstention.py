@@ -11,6 +11,7 @@ from bundle.evaluation.abstention import (
     confidence,
     losses,
     predicted_classes,
+    risk_at,
     risk_coverage,
 )
 from bundle.evaluation.bootstrap import patient_weights
@@ -103,6 +104,24 @@ def test_curve_and_area_are_loops(seed, decimals):
         before = coverage
     assert curve.coverage[-1] == 1.0
     assert aurc(wrong, sure)[0] == pytest.approx(area)
+
+
+@pytest.mark.parametrize("coverage", [0.1, 0.5, 0.8, 1.0])
+def test_risk_at_a_coverage_is_that_of_the_curve_and_of_repeated_cases(coverage):
+    rng = np.random.default_rng(5)
+    confidences, loss = np.round(rng.random(30), 1), rng.random(30)
+    weights = rng.integers(0, 4, (20, 30))
+    weights[0] = 1
+    weights[1] = 0
+    found = risk_at(loss, confidences, coverage, weights)
+    assert found[0] == risk_at(loss, confidences, coverage)
+    assert np.isnan(found[1])
+    for times, one in zip(weights[2:], found[2:], strict=True):
+        rows = np.repeat(np.arange(30), times)
+        curve = risk_coverage(loss[rows], confidences[rows])
+        assert one == pytest.approx(curve.risk[curve.coverage >= coverage - 1e-9][0])
+    assert (found[0] == pytest.approx(loss.mean())) == (coverage == 1)
+    assert np.isnan(risk_at([], [], coverage)).all()
 
 
 def test_area_of_good_bad_and_no_order():

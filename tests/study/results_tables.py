@@ -31,10 +31,10 @@ def plain(name: str, digits: int = 3) -> Column:
     return lambda row: number(row.get(name, ""), digits)
 
 
-def interval(name: str) -> Column:
+def interval(name: str, digits: int = 3) -> Column:
     def told(row: Row) -> str:
-        low, high = number(row.get(f"{name}_low", "")), number(row.get(f"{name}_high", ""))
-        return f"{number(row[name])} ({low}–{high})" if row.get(name) else ""
+        value, low, high = (number(row.get(name + end, ""), digits) for end in ("", "_low", "_high"))
+        return f"{value} ({low}–{high})" if value else ""
 
     return told
 
@@ -91,11 +91,11 @@ KINDS: dict[str, dict[str, Column]] = {
     },
     "slices": {
         **{f"hit@1 by {by}": plain(f"hit_1_{by}") for by in ("score", "weight", "attention", "occlusion")},
-        "hit@3 by score": plain("hit_3_score"),
-        "mm from a true slice, by score": plain("distance_mm_mean_score", 1),
+        "hit@3 by score": interval("hit_3_score"),
+        "mm from a true slice, by score": interval("distance_mm_score", 1),
         **{f"slice AUC by {by}": plain(f"slice_auc_{by}") for by in ("score", "attention")},
-        "two seeds agree, by score": plain("seeds_agree_score", 2),
-        "by attention": plain("seeds_agree_attention", 2),
+        "two seeds agree, by score": interval("agree_score", 2),
+        "by attention": plain("agree_attention", 2),
     },
     "calibration": {
         "NLL": interval("nll"),
@@ -107,6 +107,12 @@ KINDS: dict[str, dict[str, Column]] = {
         "temperatures": lambda row: f"{number(row['temperature_low'], 2)}–{number(row['temperature_high'], 2)}",
         "sensitivity at the point": interval("point_sensitivity"),
         "specificity there": interval("point_specificity"),
+    },
+    "abstention": {
+        "accuracy of all": plain("accuracy"),
+        "errors of the surest 80%": interval("risk_80"),
+        "of the surest, mean over all shares": interval("aurc"),
+        "against {reference}, paired": signed("aurc_difference"),
     },
     "short": {
         "AUC": interval("auc"),

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from bundle.errors import InputError
-from bundle.evaluation.key_slices import RANKINGS
+from bundle.evaluation.abstention import confidence, risk_coverage
+from bundle.evaluation.key_slices import CASE_SCORES, RANKINGS
 from bundle.evaluation.scores import score
 from bundle.study import comparison
-from bundle.study.comparison import COMPARED, difference, figure, seed_agreement
+from bundle.study.comparison import COMPARED, difference, figure
 from bundle.study.out_of_fold import OutOfFold, Predictions
 
 CASES = 30
@@ -25,24 +26,31 @@ def made(seed, classes=2, cases=CASES):
     labels = np.arange(cases) % classes
     p, after = (rng.dirichlet(np.ones(classes), cases) for _ in range(2))
     hit = np.where(rng.random(cases) < 0.3, math.nan, rng.integers(0, 2, cases))
-    hits = dict.fromkeys(RANKINGS, hit)
+    evidence = {name: dict.fromkeys(RANKINGS, hit / part) for part, name in enumerate(CASE_SCORES, 1)}
     top = {by: rng.integers(0, 3, cases) for by in RANKINGS}
     raw = Predictions([f"c{i:02d}" for i in range(cases)], PATIENTS[:cases], labels, p, [])
-    return OutOfFold(raw, after, rng.integers(0, classes, cases), top, hits, dict.fromkeys(RANKINGS, hit / 2), [1.0])
+    return OutOfFold(raw, after, rng.integers(0, classes, cases), top, evidence, [1.0])
+
+
+def with_hits(one, hit):
+    return one._replace(evidence={name: dict.fromkeys(RANKINGS, hit) for name in CASE_SCORES})
 
 
 def scores_of(one, rows):
     """All figures of the cases `rows`, one by one with the plain functions."""
     y, p, after, at_point = one.raw.labels[rows], one.raw.probabilities[rows], one.calibrated[rows], one.at_point[rows]
-    hit = one.hit["score"][rows]
+    hit = one.evidence["hit_1"]["score"][rows]
     known = np.isfinite(hit)
     found = {name: score(name, y, p) for name in ("auc", "accuracy", "f1_macro", "nll", "brier", "ece")}
     found |= {f"calibrated_{name}": score(name, y, after) for name in ("nll", "brier", "ece")}
     for name in ("accuracy", "f1_macro", "sensitivity", "specificity"):
         found[f"point_{name}"] = score(name, y, after, at_point)
+    curve = risk_coverage(after.argmax(axis=1) != y, confidence(after))
+    found["risk_80"] = curve.risk[np.argmax(curve.coverage > 0.8 - 1e-9)]
+    found["aurc"] = (curve.risk * np.diff(curve.coverage, prepend=0)).sum()
     for by in RANKINGS:
-        found[f"hit_1_{by}"] = hit[known].mean() if known.any() else math.nan
-        found[f"slice_auc_{by}"] = hit[known].mean() / 2 if known.any() else math.nan
+        for part, name in enumerate(("hit_1", "hit_3", "distance_mm", "slice_auc"), 1):
+            found[f"{name}_{by}"] = hit[known].mean() / part if known.any() else math.nan
     return found
 
 
@@ -98,11 +106,11 @@ def test_the_ensemble_is_of_averaged_probabilities():
 def test_cases_without_truth_do_not_count():
     one = made(1)
     hit = np.full(CASES, math.nan)
-    none = compared([one._replace(hit=dict.fromkeys(RANKINGS, hit))], 10)
+    none = compared([with_hits(one, hit)], 10)
     assert math.isnan(figure(none, "hit_1_score").value)
     assert math.isnan(figure(none, "hit_1_score").low)
     hit[4:8] = [1, 0, 1, 1]
-    some = compared([one._replace(hit=dict.fromkeys(RANKINGS, hit))], 200)
+    some = compared([with_hits(one, hit)], 200)
     assert some.values["hit_1_score"] == 0.75
     # Two patients of two cases: a resample has cases of one, of both or of none.
     samples = some.rows("hit_1_score")[1:]
@@ -135,9 +143,15 @@ def test_agreement_of_seeds_over_all_pairs():
     seeds = [made(1) for _ in range(3)]
     hit = np.full(CASES, math.nan)
     hit[:4] = 1
-    tops = ([0, 1, 2, 0], [0, 1, 2, 1], [0, 2, 2, 1])
+    tops = ([0, 1, 2, 0], [0, 1, 2, 1], [0, 2, 2, 2])
     for i, top in enumerate(tops):
         chosen = np.concatenate([top, np.full(CASES - 4, i)])
-        seeds[i] = seeds[i]._replace(hit=dict.fromkeys(RANKINGS, hit), top_slice=dict.fromkeys(RANKINGS, chosen))
-    assert seed_agreement(seeds) == pytest.approx(dict.fromkeys(RANKINGS, (3 + 2 + 3) / 12))
-    assert math.isnan(seed_agreement(seeds[:1])["score"])
+        seeds[i] = with_hits(seeds[i], hit)._replace(top_slice=dict.fromkeys(RANKINGS, chosen))
+    found = compared(seeds, 200)
+    assert [found.values[f"agree_{by}"] for by in RANKINGS] == pytest.approx([(3 + 1 + 3 + 0) / 12] * len(RANKINGS))
+    samples = found.rows("agree_score")[1:]  # of the first two patients, either or both
+    assert (np.nanmin(samples), np.nanmax(samples)) == pytest.approx(((3 + 0) / 6, (3 + 1) / 6))
+    alone = compared(seeds[:1], 10)
+    assert "agree_score" not in alone.values
+    assert math.isnan(figure(alone, "agree_score").value)
+    assert math.isnan(difference(found, alone, "agree_score").value)

@@ -79,9 +79,12 @@ def test_evidence_is_counted_where_the_truth_is_known(tmp_path):
     write_records(tmp_path / "test", test)
     write_records(tmp_path / "validation", drawn(["v0", "v1", "v2", "v3"]))
     found = out_of_fold([tmp_path])
-    np.testing.assert_array_equal(found.hit["score"], [1, 0, math.nan, math.nan])
-    np.testing.assert_array_equal(found.hit["attention"], [0, 1, math.nan, math.nan])
-    np.testing.assert_array_equal(found.instance_auc["score"], [1, 0, math.nan, math.nan])
+    expected = {
+        ("hit_1", "score"): [1, 0], ("hit_1", "attention"): [0, 1],  # attention runs against the scores
+        ("hit_3", "score"): [1, 1], ("distance_mm", "score"): [0, 5], ("instance_auc", "score"): [1, 0],
+    }  # fmt: skip
+    for (name, by), values in expected.items():
+        np.testing.assert_array_equal(found.evidence[name][by], [*values, math.nan, math.nan], err_msg=f"{name} {by}")
     np.testing.assert_array_equal(found.top_slice["score"], [2, 2, 1, 3])  # stored numbers
 
 

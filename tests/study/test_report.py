@@ -8,7 +8,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from bundle.evaluation.abstention import confidence
 from bundle.study.arm_results import collect, mean_steadiness, variance_ratio
+from bundle.study.calibration_figures import errors_kept
 from bundle.study.figures import draw_validation
 from bundle.study.locked import collect_locked
 from bundle.study.piece import Piece
@@ -39,8 +41,7 @@ def make_arm(
                 record(f"n{fold}", 0, [1 - p[2 * fold + 1], p[2 * fold + 1]], scores=[0, 2, 1], truth=[0, 0, 0]),
                 record(f"p{fold}", 1, [1 - p[2 * fold], p[2 * fold]], scores=[0, 2, 1], truth=TRUTH[truth]),
             ]
-            by_score = {"hit_3": 0.5 + 0.2 * fold, "distance_mm_mean": 3.0 + fold}
-            shown = {"chance_hit_1": 1 / 3, "score": by_score} if truth != "unknown" else {}
+            shown = {"chance_hit_1": 1 / 3} if truth != "unknown" else {}
             finish(piece, test, VALIDATION, auc=0.6 + 0.2 * fold, nll=nll[fold], key_slices=shown, **more)
             pieces.append(piece)
     return collect(arm, pieces, resamples=50)
@@ -81,8 +82,9 @@ def test_tables_say_what_was_computed_by_hand(tmp_path):
 
     hit, miss, chance = found["first slice is a true one"]
     assert hit["by score"] == hit["by weight"] == "1.000 (1.000–1.000)"
-    assert (hit["in the first three"], hit["mm from a true one"]) == ("0.600", "3.5")
+    assert (hit["in the first three"], hit["mm from a true one"]) == ("1.000 (1.000–1.000)", "0.0 (0.0–0.0)")
     assert miss["by score"] == "0.000 (0.000–0.000)"
+    assert miss["mm from a true one"] == "5.0 (5.0–5.0)"
     assert miss["by attention"] == "1.000 (1.000–1.000)"  # runs against the scores
     assert (chance["first slice is a true one"], chance["by score"]) == ("chance", "0.333")
 
@@ -97,12 +99,17 @@ def test_tables_say_what_was_computed_by_hand(tmp_path):
     assert steady["sd of test probabilities"] == "0.275"  # of 0.9 and 0.4, and of 0.8 and 0.2
 
     write_arms([before, other], "before", tmp_path / "arms.csv")
-    row = rows_of(tmp_path / "arms.csv")[0]
-    assert (row["probability_sd"], row["hit_3_score"], row["distance_mm_mean_score"]) == ("0.275", "0.6", "3.5")
+    row, other_row = rows_of(tmp_path / "arms.csv")
+    assert (row["probability_sd"], row["hit_3_score"], other_row["distance_mm_score"]) == ("0.275", "1", "5")
     assert float(row["temperature_low"]) <= float(row["temperature_high"])
-    assert row["seeds_agree_score"] == ""  # of one seed
+    assert "agree_score" not in row  # of one seed
 
-    calibration, _ = found["calibration"]
+    calibration, other_calibration = found["calibration"]
+    # Of 0.9, 0.6, 0.8, 0.8 all are right; of 0.9, 0.9, 0.6, 0.6 the first two.
+    assert (calibration["errors of all"], other_calibration["errors of all"]) == ("0.000", "0.500")
+    assert calibration["of the surest 80%"] == "0.000 (0.000–0.000)"
+    assert other_calibration["of the surest 80%"].startswith("0.500 (")
+    assert other_calibration["of the surest, mean over all shares"].startswith("0.250 (")  # 0 of two, then 2 of 4
     nll = -np.mean(np.log([0.9, 0.6, 0.8, 0.8]))
     assert calibration["NLL"].startswith(f"{nll:.3f} (")
     low, high = map(float, calibration["temperatures"].split("–"))
@@ -158,7 +165,7 @@ def test_more_seeds_and_refused_cases_are_told(tmp_path):
     (row,) = tables(text)["arm"]
     assert row["seeds"] == "2"
     assert row["AUC of all seeds together"].startswith("1.000")
-    assert tables(text)["first slice is a true one"][0]["seeds agree (score)"] == "1.000"
+    assert tables(text)["first slice is a true one"][0]["seeds agree (score)"] == "1.000 (1.000–1.000)"
     assert first.raw.refused == []
 
 
@@ -184,7 +191,7 @@ def test_figures_show_something_for_every_arm(tmp_path, count):
     arms = [make_arm(tmp_path, f"arm{i}", p=(0.9, 0.4, 0.5 + 0.05 * i, 0.6)) for i in range(count)]
     report(arms, "not among them", tmp_path / "out")
     heights = {}
-    for name in ("arms", "traces", "validation"):
+    for name in ("arms", "traces", "validation", "selection", "reliability", "risk_coverage"):
         picture = matplotlib.image.imread(tmp_path / "out" / f"{name}.png")
         heights[name] = picture.shape[0]
         assert (picture[..., :3] < 0.9).mean() > 0.01, name  # ink
@@ -243,9 +250,21 @@ def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
     assert "4 locked cases of 4 patients, each judged by every training" in capsys.readouterr().out
     rows = tables((tmp_path / "locked" / "report.md").read_text())
     assert [(row["trainings"], row["AUC"][:5]) for row in rows["arm"]] == [("2", "0.750"), ("2", "1.000")]
-    assert rows["first slice is a true one"][1]["trainings agree (score)"] == "1.000"
+    assert rows["first slice is a true one"][1]["trainings agree (score)"] == "1.000 (1.000–1.000)"
     assert "last third of the epochs" not in rows
-    assert {path.name for path in (tmp_path / "locked").iterdir()} == {"report.md", "arms.csv", "arms.png"}
+    assert {path.name for path in (tmp_path / "locked").iterdir()} == {
+        "report.md", "arms.csv", "arms.png", "reliability.png", "risk_coverage.png"
+    }  # fmt: skip
     assert collect_locked("none", [make_piece(tmp_path, "none", 0)]) is None
     (pieces[0].folder / "locked" / "metrics.json").unlink()  # not judged yet
     assert list(collect_locked("after", pieces, resamples=50).by_seed) == [(1, 0)]
+
+
+def test_errors_of_the_surest_cases_by_a_loop():
+    rng = np.random.default_rng(2)
+    labels, p = rng.integers(0, 2, 40), np.round(rng.random(40), 1)
+    p = np.stack([1 - p, p], axis=1)
+    sure, wrong = confidence(p), p.argmax(axis=1) != labels
+    for count, found in enumerate(errors_kept(labels, p), 1):
+        kept = sure >= np.sort(sure)[-count]
+        assert found == pytest.approx(wrong[kept].mean())

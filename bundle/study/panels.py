@@ -1,0 +1,33 @@
+"""A panel an arm, all on the same axes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.figure import Figure
+
+__all__ = ["finish", "grid"]
+
+COLUMNS = 4
+
+
+def grid(count: int, height: float = 2.2) -> tuple[Figure, Any]:
+    """A figure of at least `count` panels in rows of four, `height` inches each, and the panels, row by row."""
+    columns = min(COLUMNS, count)
+    rows = math.ceil(count / columns)
+    drawn = Figure(figsize=(4 * columns, height * rows + 0.4), layout="constrained")
+    panels: Any = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    return drawn, panels.ravel()
+
+
+def finish(drawn: Figure, panels: Any, count: int, below: str, beside: str) -> None:
+    """Name the axes of all panels, and hide those after the first `count`."""
+    for place, panel in enumerate(panels[:count]):
+        panel.grid(alpha=0.25)
+        if place + COLUMNS >= count:  # none below it
+            panel.tick_params(labelbottom=True)
+    for panel in panels[count:]:
+        panel.axis("off")
+    drawn.supxlabel(below, fontsize=10)
+    drawn.supylabel(beside, fontsize=10)
