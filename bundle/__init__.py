@@ -62,7 +62,7 @@ _EXPORTS = {
     "training.mixing": "MixBags",
     "training.losses": "BagCrossEntropy DualStreamLoss MILFocalLoss",
     "training.pretraining": "LogTerms ViewTrainer save_encoder",
-    "training.run": "finish_training start_network tell_draws",
+    "training.run": "finish_training start_network tell_batch_norm tell_draws",
     "training.schedules": (
         "CosineTemperature ExponentialTemperature LinearWeight PrescribedTemperature parameter_groups warmup_cosine"
     ),

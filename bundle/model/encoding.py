@@ -43,7 +43,7 @@ class SliceEncoding:
 
     Raises:
         InputError: `chunk_slices` below 0; when called, recomputation with batch norm in an encoder of unknown stages,
-            or no compiler; also see `check`.
+            no compiler, or a training batch that leaves a batch norm one number a channel; also see `check`.
     """
 
     def __init__(
@@ -85,7 +85,16 @@ class SliceEncoding:
         limit = NOT_IN_16_BIT_LATER if self.first_stage else NOT_IN_16_BIT
         exact = learns and slices.device.type == "cpu" and min(slices.shape[-2:]) <= limit
         with torch.autocast("cpu", enabled=False) if exact else contextlib.nullcontext():
-            return self._encoded(encoder, slices)
+            try:
+                return self._encoded(encoder, slices)
+            except ValueError as error:
+                if not str(error).startswith("Expected more than 1 value per channel"):
+                    raise
+                size = " × ".join(map(str, slices.shape[2:]))
+                raise InputError(
+                    f"batch norm cannot train on a batch of one slice of {size}, of which one pixel is left: raise "
+                    "batch_size, bag_size or image_size, or set norm to group"
+                ) from None
 
     def _encoded(self, encoder: nn.Module, slices: Tensor) -> Tensor:
         across_slices = any(module.training for module in encoder.modules() if isinstance(module, _BatchNorm))

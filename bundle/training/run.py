@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from ..data.dataset import BagDataset
 from ..model.bag_network import BagNetwork
 from ..model.encoder import FrozenBatchNorm2d, laid_out, load_encoder_weights
@@ -15,7 +17,7 @@ from ..results.figures import draw_curves
 from .checkpoint import BestModel
 from .distributed import group_size, is_first
 
-__all__ = ["finish_training", "start_network", "tell_draws"]
+__all__ = ["finish_training", "start_network", "tell_batch_norm", "tell_draws"]
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,21 @@ def tell_draws(dataset: BagDataset, bag_size: int, strategy: str) -> None:
     longer = sum(length > bag_size for length in lengths)
     told = f"bag_size {bag_size}: slices are drawn ({strategy}) of {longer} of {len(lengths)} training cases"
     logger.info(told if longer == len(lengths) else f"{told}; the others have no more and are used whole")
+
+
+def tell_batch_norm(network: BagNetwork, batch_size: int) -> None:
+    """Warn of batch norm over one bag: what a bag is then scaled by is the bag itself, and evaluation scales otherwise.
+
+    Args:
+        network: to train.
+        batch_size: bags a batch, over all processes.
+    """
+    trained = any(isinstance(one, _BatchNorm) and one.training for one in network.encoder.modules())
+    if batch_size == 1 and trained and is_first():
+        logger.warning(
+            "batch norm over batches of one bag was seen to be unsteady: raise batch_size, or set norm to group and "
+            "instance_gradient to 1.0"
+        )
 
 
 def finish_training(output_dir: str | Path, best: BestModel) -> None:
