@@ -87,13 +87,12 @@ class SliceEncoding:
         with torch.autocast("cpu", enabled=False) if exact else contextlib.nullcontext():
             try:
                 return self._encoded(encoder, slices)
-            except ValueError as error:
-                if not str(error).startswith("Expected more than 1 value per channel"):
+            except (ValueError, RuntimeError) as error:  # the latter where it is compiled
+                if "Expected more than 1 value per channel" not in str(error):
                     raise
-                size = " × ".join(map(str, slices.shape[2:]))
                 raise InputError(
-                    f"batch norm cannot train on a batch of one slice of {size}, of which one pixel is left: raise "
-                    "batch_size, bag_size or image_size, or set norm to group"
+                    "batch norm cannot train on a batch of one slice, of which one pixel is left: raise bag_size or "
+                    "image_size, or set norm to group"
                 ) from None
 
     def _encoded(self, encoder: nn.Module, slices: Tensor) -> Tensor:

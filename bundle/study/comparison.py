@@ -110,9 +110,12 @@ def _together(every: Sequence[OutOfFold], weights: Floats) -> dict[str, Floats]:
     found = weighted_scores(every[0].raw.labels, mean, mean.argmax(axis=1), weights)
     result = {ENSEMBLE + name: found[name] for name in PLAIN}
     for by in RANKINGS:
-        pairs = [one.top_slice[by] == other.top_slice[by] for one, other in combinations(every, 2)]
-        counted = np.isfinite(every[0].evidence["hit_1"][by])
-        result[AGREE + by] = _weighted_mean(np.where(counted, np.mean(pairs, axis=0), math.nan), weights)
+        # A run whose ranking tells nothing has no first slice, and no pair.
+        tops = [np.where(np.isfinite(one.evidence["hit_1"][by]), one.top_slice[by], math.nan) for one in every]
+        pairs = [(a == b, np.isfinite(a) & np.isfinite(b)) for a, b in combinations(tops, 2)]
+        same, known = np.sum(pairs, axis=0)
+        agreed = np.where(known > 0, same / np.maximum(known, 1), math.nan)
+        result[AGREE + by] = _weighted_mean(agreed, weights)
     return result
 
 
@@ -139,7 +142,7 @@ def _weighted_mean(values: Floats, weights: Floats) -> Floats:
 
 def figure(one: Compared, name: str) -> Figure:
     """A score with its interval over patients; NaN for one of several runs at once where there is one run."""
-    if name not in one.together and name not in COMPARED:
+    if name.startswith((ENSEMBLE, AGREE)) and name not in one.together:
         return Figure(math.nan, math.nan, math.nan)
     return _figure(one.rows(name))
 
@@ -159,7 +162,8 @@ def difference(one: Compared, other: Compared, name: str) -> Figure:
         )
     both = [run for run in one.by_run if run in other.by_run]
     same = len(both) == len(one.by_run) == len(other.by_run)
-    if not both or (name not in COMPARED and not (same and name in one.together)):
+    at_once = name.startswith((ENSEMBLE, AGREE))
+    if not both or (at_once and not (same and name in one.together)):
         return Figure(math.nan, math.nan, math.nan)
     return _figure(one.rows(name, both) - other.rows(name, both))
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from ..results.curves import BLUE, GREEN, ORANGE, PINK, save_figure
 from .arm_results import ArmResult, variance_ratio
 from .comparison import difference, figure
-from .panels import finish, grid
+from .panels import finish, grid, legend
 from .steadiness import read_log
 
 __all__ = ["draw_arms", "draw_selection", "draw_traces", "draw_validation"]
@@ -91,7 +91,7 @@ def draw_validation(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> N
         for name, colour in (("val_accuracy", BLUE), ("val_auc", ORANGE)):
             _mean_and_range(panel, logs, name, colour, name.removeprefix("val_"))
         panel.set_title(arm.name, fontsize=10)
-    panels[0].legend(fontsize=8, loc="lower right")
+    legend(drawn)
     finish(drawn, panels, len(arms), "epoch", "validation")
     panels[0].set_ylim(0, 1.02)
     save_figure(drawn, png)
@@ -101,7 +101,7 @@ def draw_selection(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> No
     """Draw how much the selected slice and the attention moved at each epoch, and the temperature where it changes.
 
     A panel an arm, as in `draw_validation`; the temperature has an axis of its own, a logarithmic one. A hard selection
-    does not use it.
+    does not use it, nor does a model that selects nothing.
     """
     drawn, panels = grid(len(arms))
     for panel, arm in zip(panels, arms, strict=False):
@@ -112,13 +112,12 @@ def draw_selection(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -> No
         temperature = logs[0].get("temperature", np.zeros(0))
         if len(np.unique(temperature)) > 1:
             right = panel.twinx()
-            right.plot(logs[0]["epoch"], temperature, color="0.4", linestyle="--", linewidth=1)
+            right.plot(logs[0]["epoch"], temperature, color="0.4", linestyle="--", linewidth=1, label="temperature")
             right.set_yscale("log")
             right.set_ylabel("temperature", fontsize=8)
             right.tick_params(labelsize=7, which="both")
             _plain_numbers(right.yaxis)
-    if panels[0].lines:
-        panels[0].legend(fontsize=8, loc="upper right")
+    legend(drawn)
     finish(drawn, panels, len(arms), "epoch", "share of watched cases, of attention")
     panels[0].set_ylim(0, 1.02)
     save_figure(drawn, png)

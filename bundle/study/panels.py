@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-__all__ = ["finish", "grid"]
+__all__ = ["finish", "grid", "legend"]
 
 COLUMNS = 4
 
@@ -31,3 +31,13 @@ def finish(drawn: Figure, panels: Any, count: int, below: str, beside: str) -> N
         panel.axis("off")
     drawn.supxlabel(below, fontsize=10)
     drawn.supylabel(beside, fontsize=10)
+
+
+def legend(drawn: Figure) -> None:
+    """What is drawn in any of the panels, each once, above them."""
+    named = [pair for axis in drawn.axes for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    handles = {label: handle for handle, label in reversed(named)}
+    if handles:
+        labels = list(dict.fromkeys(label for _, label in named))
+        shown = [handles[label] for label in labels]
+        drawn.legend(shown, labels, loc="outside upper left", ncols=len(labels), fontsize=9, frameon=False)

@@ -78,8 +78,9 @@ def tell_batch_norm(network: BagNetwork, batch_size: int) -> None:
         network: to train.
         batch_size: bags a batch, over all processes.
     """
-    trained = any(isinstance(one, _BatchNorm) and one.training for one in network.encoder.modules())
-    if batch_size == 1 and trained and is_first():
+    frozen = {norm for module in network.frozen for norm in module.modules()}
+    norms = [one for one in network.encoder.modules() if isinstance(one, _BatchNorm) and one.training]
+    if batch_size == 1 and set(norms) - frozen and is_first():
         logger.warning(
             "batch norm over batches of one bag was seen to be unsteady: raise batch_size, or set norm to group and "
             "instance_gradient to 1.0"

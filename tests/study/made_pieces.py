@@ -64,8 +64,9 @@ def finish(
     nll: Sequence[float] = (1.0, 0.0, 0.0, 1.0),
     key_slices: dict[str, Any] | None = None,
     seconds: float | None = 60.0,
+    logged: dict[str, Sequence[float]] | None = None,
 ) -> None:
-    """Write what `do_piece` leaves: three epochs, of which the last has the batches `nll`."""
+    """Write what `do_piece` leaves: three epochs with the columns `logged`, too; the last has the batches `nll`."""
     write_records(piece.folder / "test", test)
     write_records(piece.folder / "validation", validation)
     for section in ("test", "validation"):
@@ -73,6 +74,8 @@ def finish(
                    "counts": {"scored": len(validation)}}  # fmt: skip
         write_json(piece.folder / section / "metrics.json", metrics)
     epochs = [{"epoch": e, "val_accuracy": 0.5 + 0.1 * e, "val_auc": 0.7, "train_accuracy": 0.9} for e in (1, 2, 3)]
+    for one in epochs:
+        one |= {name: values[one["epoch"] - 1] for name, values in (logged or {}).items()}
     batches = [{"epoch": e, "batch": i, "nll": v} for e in (1, 2, 3) for i, v in enumerate(nll, 1)]
     for name, rows in (("epochs", epochs), ("batches", batches)):
         with (piece.folder / f"{name}.csv").open("w", newline="") as file:

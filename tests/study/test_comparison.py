@@ -151,6 +151,11 @@ def test_agreement_of_seeds_over_all_pairs():
     assert [found.values[f"agree_{by}"] for by in RANKINGS] == pytest.approx([(3 + 1 + 3 + 0) / 12] * len(RANKINGS))
     samples = found.rows("agree_score")[1:]  # of the first two patients, either or both
     assert (np.nanmin(samples), np.nanmax(samples)) == pytest.approx(((3 + 0) / 6, (3 + 1) / 6))
+    silent = with_hits(seeds[1], np.full(CASES, math.nan))  # its ranking tells nothing
+    for order in ([seeds[0], silent, seeds[2]], [silent, seeds[0], seeds[2]]):
+        assert compared(order, 10).values["agree_score"] == pytest.approx((1 + 0 + 1 + 0) / 4)
+    with pytest.raises(KeyError):
+        figure(found, "aucc")
     alone = compared(seeds[:1], 10)
     assert "agree_score" not in alone.values
     assert math.isnan(figure(alone, "agree_score").value)

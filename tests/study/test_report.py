@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from bundle.evaluation.abstention import confidence
+from bundle.evaluation.calibration import calibrated
+from bundle.study import calibration_figures, figures
 from bundle.study.arm_results import collect, mean_steadiness, variance_ratio
-from bundle.study.calibration_figures import errors_kept
-from bundle.study.figures import draw_validation
+from bundle.study.calibration_figures import draw_reliability, draw_risk_coverage, errors_kept
+from bundle.study.figures import draw_selection, draw_validation
 from bundle.study.locked import collect_locked
+from bundle.study.out_of_fold import Predictions
 from bundle.study.piece import Piece
 from bundle.study.report import report
 from bundle.study.tables import study_text, write_arms
@@ -268,3 +271,69 @@ def test_errors_of_the_surest_cases_by_a_loop():
     for count, found in enumerate(errors_kept(labels, p), 1):
         kept = sure >= np.sort(sure)[-count]
         assert found == pytest.approx(wrong[kept].mean())
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, in their order."""
+    found = []
+    for module in (figures, calibration_figures):
+        monkeypatch.setattr(module, "save_figure", lambda figure, png: found.append(figure))
+    return found
+
+
+def lines(panel):
+    """Label → ordinates."""
+    return {line.get_label(): line.get_ydata() for line in panel.lines}
+
+
+def test_flips_drift_and_temperature_are_those_of_the_log(tmp_path, drawn):
+    still = make_arm(tmp_path, "still")  # has none of them in its log
+    logged = {"flip_rate": (math.nan, 0.4, 0.2), "attention_drift": (math.nan, 0.3, 0.1), "temperature": (5, 2, 0.5)}
+    moving = make_arm(tmp_path, "moving", logged=logged)
+    draw_selection([still, moving], tmp_path / "x.png")
+    first, second, temperature = drawn[0].axes
+    assert not first.lines
+    np.testing.assert_allclose(lines(second)["flips of the first slice"], [0.4, 0.2])
+    np.testing.assert_allclose(lines(second)["drift of attention"], [0.3, 0.1])
+    np.testing.assert_allclose(lines(temperature)["temperature"], [5, 2, 0.5])
+    assert [text.get_text() for text in drawn[0].legends[0].texts] == [*lines(second), "temperature"]
+    draw_selection([still], tmp_path / "x.png")
+    assert not drawn[1].legends
+
+
+def many_cases(tmp_path, seeds, temperature):
+    """An arm of 30 cases, each seed of which says the same."""
+    made = make_arm(tmp_path, "made", seeds=seeds)
+    labels = np.arange(30) % 3 % 2
+    p = np.where(np.arange(30) < 10, 0.95, np.where(np.arange(30) < 27, 0.25, 0.55))
+    raw = Predictions([f"c{i}" for i in range(30)], [f"p{i // 2}" for i in range(30)], labels, np.c_[1 - p, p], [])
+    after = calibrated(raw.logits, temperature)
+    told = {run: one._replace(raw=raw, calibrated=after) for run, one in made.by_seed.items()}
+    return made._replace(by_seed=told), labels, raw.probabilities, after
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2, 3, 4, 5)])
+def test_reliability_is_of_cases_before_and_after_the_temperature(tmp_path, drawn, seeds):
+    arm, labels, raw, after = many_cases(tmp_path, seeds, 2.0)
+    draw_reliability([arm], tmp_path / "x.png")
+    (panel,) = drawn[0].axes
+    for container, p in zip(panel.containers, (raw[:, 1], after[:, 1]), strict=True):
+        line, _, (bars,) = container.lines
+        # Of the three cases at .55 no point is drawn, however many seeds say it.
+        expected = [(p[group].mean(), labels[group].mean()) for group in (slice(10, 27), slice(0, 10))]
+        np.testing.assert_allclose(np.transpose(line.get_data()), expected)
+        for (said, so), bar in zip(expected, bars.get_segments(), strict=True):
+            assert bar[0][0] == pytest.approx(said)
+            assert 0 <= bar[0][1] < so < bar[1][1] <= 1
+
+
+def test_errors_of_the_surest_are_drawn_after_the_temperature(tmp_path, drawn):
+    arm, labels, _, after = many_cases(tmp_path, (0, 1), 2.0)
+    other = arm.by_seed[1]._replace(calibrated=after[:, ::-1])
+    arm = arm._replace(by_seed={0: arm.by_seed[0], 1: other})
+    draw_risk_coverage([arm], tmp_path / "x.png")
+    (panel,) = drawn[0].axes
+    curve = (errors_kept(labels, after) + errors_kept(labels, after[:, ::-1])) / 2
+    np.testing.assert_allclose(lines(panel)["mean of the seeds, and their range"], curve)
+    np.testing.assert_allclose(lines(panel)["all cases"], curve[-1])

@@ -7,6 +7,7 @@ import pytest
 
 from bundle.model.conv_encoder import ConvEncoder
 from bundle.model.encoder import with_norm
+from bundle.model.stages import freeze_stages
 from bundle.training.run import tell_batch_norm, tell_draws
 
 OTHERS = "; the others have no more and are used whole"
@@ -28,11 +29,13 @@ def test_it_is_said_of_how_many_cases_slices_are_drawn(lengths, size, strategy, 
     assert caplog.messages == ([] if told is None else [told])
 
 
-@pytest.mark.parametrize(("norm", "batch_size", "told"), [
-    ("batch", 1, 1), ("batch", 2, 0), ("group", 1, 0), ("frozen_batch", 1, 0),
+@pytest.mark.parametrize(("norm", "frozen_stages", "batch_size", "told"), [
+    ("batch", 0, 1, 1), ("batch", 1, 1, 1), ("batch", 2, 1, 0), ("batch", 0, 2, 0),
+    ("group", 0, 1, 0), ("frozen_batch", 0, 1, 0),
 ])  # fmt: skip
-def test_batch_norm_over_one_bag_is_warned_of(norm, batch_size, told, caplog):
+def test_batch_norm_over_one_bag_is_warned_of(norm, frozen_stages, batch_size, told, caplog):
     encoder = with_norm(ConvEncoder(1, (8, 16)), norm)
-    tell_batch_norm(SimpleNamespace(encoder=encoder.train()), batch_size)
+    network = SimpleNamespace(encoder=encoder, frozen=tuple(freeze_stages(encoder, frozen_stages)))
+    tell_batch_norm(network, batch_size)
     assert len(caplog.messages) == told
     assert all("raise batch_size, or set norm to group" in message for message in caplog.messages)

@@ -114,8 +114,8 @@ def test_two_folds_in_one_go(cohort, whole):
     assert (row["arm"], row["seeds"], row["pieces"]) == ("run", "1", "2")
     assert 0 <= float(row["auc_low"]) <= float(row["auc"]) <= float(row["auc_high"]) <= 1
     assert len(rows_of(whole / "pieces.csv")) == 2
-    for name in ("arms.png", "traces.png", "validation.png"):
-        assert (whole / name).stat().st_size > 5_000
+    for name in ("arms", "traces", "validation", "selection", "reliability", "risk_coverage"):
+        assert (whole / f"{name}.png").stat().st_size > 5_000
 
 
 def test_what_is_done_is_listed_and_not_done_again(cohort, small, whole):
