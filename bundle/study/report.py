@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import replacing
 from .arm_results import ArmResult
-from .calibration_figures import draw_reliability, draw_risk_coverage
+from .calibration_panels import draw_reliability, draw_risk_coverage
 from .figures import draw_arms, draw_selection, draw_traces, draw_validation
 from .tables import study_text, write_arms, write_pieces
 

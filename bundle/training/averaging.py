@@ -46,7 +46,7 @@ class AverageWeights:
 
     def attach(self, engine: Engine) -> None:
         if self.decay:
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.update)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.lend)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class AverageWeights:
         }
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def update(self) -> None:
         decay = min(self.decay, (1 + self.batches) / (10 + self.batches))
         for name, tensor in self._weights().items():
             if name in self.average:

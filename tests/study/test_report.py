@@ -10,9 +10,9 @@ import pytest
 
 from bundle.evaluation.abstention import confidence
 from bundle.evaluation.calibration import calibrated
-from bundle.study import calibration_figures, figures
+from bundle.study import calibration_panels, figures
 from bundle.study.arm_results import collect, mean_steadiness, variance_ratio
-from bundle.study.calibration_figures import draw_reliability, draw_risk_coverage, errors_kept
+from bundle.study.calibration_panels import draw_reliability, draw_risk_coverage, errors_kept
 from bundle.study.figures import draw_selection, draw_validation
 from bundle.study.locked import collect_locked
 from bundle.study.out_of_fold import Predictions
@@ -277,7 +277,7 @@ def test_errors_of_the_surest_cases_by_a_loop():
 def drawn(monkeypatch):
     """The figures that are saved, in their order."""
     found = []
-    for module in (figures, calibration_figures):
+    for module in (figures, calibration_panels):
         monkeypatch.setattr(module, "save_figure", lambda figure, png: found.append(figure))
     return found
 
@@ -335,5 +335,5 @@ def test_errors_of_the_surest_are_drawn_after_the_temperature(tmp_path, drawn):
     draw_risk_coverage([arm], tmp_path / "x.png")
     (panel,) = drawn[0].axes
     curve = (errors_kept(labels, after) + errors_kept(labels, after[:, ::-1])) / 2
-    np.testing.assert_allclose(lines(panel)["mean of the seeds, and their range"], curve)
+    np.testing.assert_allclose(lines(panel)["mean of the runs, and their range"], curve)
     np.testing.assert_allclose(lines(panel)["all cases"], curve[-1])

@@ -58,7 +58,7 @@ def test_the_temperature_is_never_averaged():
     average = AverageWeights(network, 0.9)
     for value in (5.0, 1.0):
         network.temperature.fill_(value)
-        average._update()
+        average.update()
     average.lend()
     assert float(network.temperature) == 1.0
 
@@ -76,7 +76,7 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been(tmp_path):
     other = AverageWeights(network, 0.9)
     other.load_state_dict(torch.load(tmp_path / "average.pt", weights_only=True))
     for one in (average, other):
-        one._update()
+        one.update()
     assert all(torch.equal(other.average[name], average.average[name]) for name in average.average)
     assert other.batches == average.batches == 5
 

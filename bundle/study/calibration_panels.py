@@ -84,7 +84,7 @@ def draw_risk_coverage(arms: Sequence[ArmResult], png: str | os.PathLike[str]) -
         cases = len(curves[0])
         share, mean = np.arange(1, cases + 1) / cases, np.mean(curves, axis=0)
         panel.fill_between(share, np.min(curves, axis=0), np.max(curves, axis=0), color=BLUE, alpha=0.2, linewidth=0)
-        panel.plot(share, mean, color=BLUE, linewidth=1.2, label="mean of the seeds, and their range")
+        panel.plot(share, mean, color=BLUE, linewidth=1.2, label="mean of the runs, and their range")
         panel.axhline(mean[-1], color="0.6", linestyle="--", linewidth=1, label="all cases")
         panel.set_title(arm.name, fontsize=10)
     legend(drawn)
