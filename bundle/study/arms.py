@@ -37,9 +37,10 @@ class Arm(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """Seeds of a stage, and what all its arms have in common."""
+    """Seeds of a stage, and what all its arms have in common: overlays by path, and settings laid over them."""
 
     seeds: list[int]
+    files: tuple[str, ...]
     settings: dict[str, Any]
 
 
@@ -53,7 +54,10 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
     path = Path(path).absolute()
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        stages = {str(name): Stage(list(s["seeds"]), dict(s["settings"])) for name, s in content["stages"].items()}
+        stages = {
+            str(name): Stage(list(s["seeds"]), s.get("files", []), dict(s["settings"]))
+            for name, s in content["stages"].items()
+        }
         given: Mapping[str, Mapping[str, Any]] = {str(name): dict(arm or {}) for name, arm in content["arms"].items()}
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
@@ -65,6 +69,7 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
         numbers = [seed for seed in stage.seeds if type(seed) is int and seed >= 0]
         if not numbers or len(set(numbers)) < len(stage.seeds):
             raise InputError(f"{path}: `seeds` of stage {name} are different whole numbers, not {stage.seeds}")
+        stages[name] = stage._replace(files=_paths(stage.files, path, f"stage {name}"))
     arms: dict[str, Arm] = {}
     for name, arm in given.items():
         if not NAME.fullmatch(name) or name in FOLDERS:
@@ -77,18 +82,18 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
         pretrain = start.pretrain
         if "pretrain" in settings:
             pretrain = _pretraining(settings.pop("pretrain"), path, name)
-        paths = _paths(files, path, name)
+        paths = _paths(files, path, f"arm {name}")
         arms[name] = Arm((*start.files, *paths), {**start.settings, **settings}, pretrain)
     return stages, arms
 
 
-def _paths(files: Any, study: Path, arm: str) -> tuple[str, ...]:
+def _paths(files: Any, study: Path, owner: str) -> tuple[str, ...]:
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise InputError(f"{study}: `files` of arm {arm} is a list of file names, such as [a.yaml], not {files!r}")
+        raise InputError(f"{study}: `files` of {owner} is a list of file names, such as [a.yaml], not {files!r}")
     paths = tuple(str(study.parent / file) for file in files)
     absent = [file for file in paths if not Path(file).is_file()]
     if absent:
-        raise InputError(f"{study}: arm {arm} names a file that is not there: {absent[0]}")
+        raise InputError(f"{study}: {owner} names a file that is not there: {absent[0]}")
     return paths
 
 
@@ -100,7 +105,7 @@ def _pretraining(given: Any, study: Path, arm: str) -> Pretraining | None:
             f"{study}: `pretrain` of arm {arm} needs `files`, such as [pretrain.yaml], and may have settings"
         )
     settings = {key: value for key, value in given.items() if key != "files"}
-    return Pretraining(_paths(given["files"], study, arm), settings)
+    return Pretraining(_paths(given["files"], study, f"arm {arm}"), settings)
 
 
 def write_overlay(settings: Mapping[str, Any], path: Path, what: str) -> None:

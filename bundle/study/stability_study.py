@@ -90,7 +90,8 @@ def _pieces(plan: Plan, stage_name: str, stage: Stage, name: str, arm: Arm) -> l
     common, own = overlays / "stages" / f"{stage_name}.yaml", overlays / "arms" / f"{name}.yaml"
     write_overlay(stage.settings, common, f"what all arms of the stage {stage_name} have in common")
     write_overlay(arm.settings, own, f"the arm {name}")
-    return plan.pieces(stage.seeds, plan.output_dir / name, [str(common), *arm.files, str(own)], arm.pretrain)
+    files = [*stage.files, str(common), *arm.files, str(own)]
+    return plan.pieces(stage.seeds, plan.output_dir / name, files, arm.pretrain)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_an_arm_starts_from_another(tmp_path):
     }
     stages, found = read_study(study(tmp_path, arms))
     a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
-    assert stages == {"quick": Stage([0, 1], {"max_epochs": 2})}
+    assert stages == {"quick": Stage([0, 1], (), {"max_epochs": 2})}
     assert found == {
         "first": Arm((a,), {"lr": 1.0, "norm": "batch"}),
         "second": Arm((a,), {"lr": 1.0, "norm": "group"}),
@@ -104,6 +104,19 @@ def test_seeds_are_different_whole_numbers(tmp_path, seeds):
     (tmp_path / "s.yaml").write_text(f"stages: {{q: {{seeds: {seeds}, settings: {{}}}}}}\narms: {{a: {{}}}}")
     with pytest.raises(InputError, match="`seeds` of stage q are different whole numbers"):
         read_study(tmp_path / "s.yaml")
+
+
+def test_a_stage_has_overlays_of_the_folder_too(tmp_path):
+    (tmp_path / "a.yaml").write_text("{}\n")
+    path = study(tmp_path, {"one": {}}, {"quick": {**STAGES["quick"], "files": ["a.yaml"]}})
+    assert read_study(path)[0]["quick"] == Stage([0, 1], (str(tmp_path / "a.yaml"),), {"max_epochs": 2})
+    for files, sentence in (
+        (["none.yaml"], "stage quick names a file that is not there: .*none.yaml"),
+        ("a.yaml", "`files` of stage quick is a list of file names"),
+    ):
+        path = study(tmp_path, {"one": {}}, {"quick": {**STAGES["quick"], "files": files}})
+        with pytest.raises(InputError, match=sentence):
+            read_study(path)
 
 
 def test_the_studys_own_arms_set_known_keys():
