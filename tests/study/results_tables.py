@@ -75,6 +75,16 @@ KINDS: dict[str, dict[str, Column]] = {
         "macro F1": plain("f1_macro"),
         **HITS,
     },
+    "rivals": {
+        "AUC": interval("auc"),
+        "AUC against {reference}, paired": signed("auc_difference"),
+        "macro F1": plain("f1_macro"),
+        "hit@1 by score": interval("hit_1_score"),
+        "hit@1 against {reference}": signed("hit_1_score_difference"),
+        "slice AUC against {reference}": signed("slice_auc_score_difference"),
+        "NLL": plain("nll"),
+        "variance of the batch NLL": plain("nll_variance"),
+    },
     "steadiness": {
         "batch NLL": plain("nll_mean"),
         "its variance": plain("nll_variance"),
