@@ -20,10 +20,6 @@ __all__ = ["SliceEncoding"]
 # On a CPU the activations of so many slices stay near the caches, and more of them gain nothing; a GPU needs more
 # slices at once to be busy.
 CHUNK_ON_CPU, CHUNK_ON_GPU = 16, 256
-# Pixels of a side up to which an encoder, or its later stages alone, learn in float32 on a CPU. On planes of 1 × 1 and
-# 2 × 1 PyTorch 2.13 was seen to give bfloat16 gradients of a convolution's weights that have nothing to do with the
-# true ones, up to infinity; a ResNet makes such planes of slices of 16 × 16.
-NOT_IN_16_BIT, NOT_IN_16_BIT_LATER = 16, 2
 
 
 class SliceEncoding:
@@ -81,19 +77,15 @@ class SliceEncoding:
 
     def __call__(self, encoder: nn.Module, slices: Tensor) -> Tensor:
         """Features (M, F) of slices (M, C, H, W)."""
-        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in encoder.parameters())
-        limit = NOT_IN_16_BIT_LATER if self.first_stage else NOT_IN_16_BIT
-        exact = learns and slices.device.type == "cpu" and min(slices.shape[-2:]) <= limit
-        with torch.autocast("cpu", enabled=False) if exact else contextlib.nullcontext():
-            try:
-                return self._encoded(encoder, slices)
-            except (ValueError, RuntimeError) as error:  # the latter where it is compiled
-                if "Expected more than 1 value per channel" not in str(error):
-                    raise
-                raise InputError(
-                    "batch norm cannot train on a batch of one slice, of which one pixel is left: raise bag_size or "
-                    "image_size, or set norm to group"
-                ) from None
+        try:
+            return self._encoded(encoder, slices)
+        except (ValueError, RuntimeError) as error:  # the latter where it is compiled
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                "batch norm cannot train on a batch of one slice, of which one pixel is left: raise bag_size or "
+                "image_size, or set norm to group"
+            ) from None
 
     def _encoded(self, encoder: nn.Module, slices: Tensor) -> Tensor:
         across_slices = any(module.training for module in encoder.modules() if isinstance(module, _BatchNorm))

@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import monai.networks.nets
 import pytest
 import torch
 from torch import nn
@@ -182,24 +181,3 @@ def test_without_a_compiler_it_says_so(tmp_path, monkeypatch):
         encoding = SliceEncoding(compile=True)
         with pytest.raises(InputError, match="compile_encoder needs a C\\+\\+ compiler"), torch.no_grad():
             encoding(nn.Sequential(nn.Conv2d(1, 3, 5), nn.ReLU(), nn.Flatten()).eval(), torch.rand(3, 1, 9, 9))
-
-
-def gradients(encoder: nn.Module, image: torch.Tensor, bf16: bool, first_stage: int = 0) -> list[torch.Tensor]:
-    encoder.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        features = SliceEncoding(first_stage=first_stage)(encoder, image)
-    features.float().square().sum().backward()
-    return [p.grad.clone() for p in encoder.parameters() if p.grad is not None and p.dim() == 4]
-
-
-@pytest.mark.parametrize("size", [(8, 8), (16, 16), (32, 16)])
-def test_small_slices_learn_as_in_float32(size):
-    """On processors with bfloat16 convolutions their weight gradients on planes of one pixel were seen to be wrong."""
-    torch.manual_seed(0)
-    encoder = with_norm(monai.networks.nets.ResNet(
-        "basic", [1, 1, 1, 1], [16, 32, 64, 128], spatial_dims=2, n_input_channels=1, conv1_t_stride=2,
-        feed_forward=False, bias_downsample=False,
-    ), "group").train()  # fmt: skip
-    image = torch.rand(6, 1, *size)
-    for mixed, plain in zip(gradients(encoder, image, True), gradients(encoder, image, False), strict=True):
-        assert float((mixed - plain).norm() / plain.norm()) < 0.1
