@@ -11,9 +11,10 @@ __all__ = ["StridedConv2d", "exact_where_narrow"]
 class StridedConv2d(nn.Conv2d):
     """A `torch.nn.Conv2d` that computes in float32 on a CPU where its output is one pixel wide.
 
-    There PyTorch 2.13, on processors with matrix units for bfloat16 (AMX), was seen to give outputs, and gradients of
-    the weights, that have nothing to do with the true ones, up to infinity and without a warning: for kernels of 2 to 7
-    pixels and strides of 2 and 3. A ResNet-18 makes such planes of slices of 64 × 32 and of 16 × 16. Compare
+    But for a plane that becomes one pixel by a stride of 2, which was seen to be right. Elsewhere PyTorch 2.13, on
+    processors with matrix units for bfloat16 (AMX), was seen to give outputs, and gradients of the weights, that have
+    nothing to do with the true ones, up to infinity and without a warning: for kernels of 2 to 7 pixels and strides of
+    2 and 3. A ResNet-18 makes such planes of slices of 64 × 32 and of 16 × 16. Compare
     github.com/pytorch/pytorch/issues/169688.
     """
 
@@ -21,7 +22,7 @@ class StridedConv2d(nn.Conv2d):
         if torch.jit.is_scripting():
             return self._conv_forward(input, self.weight, self.bias)
         else:  # TorchScript compiles neither branch it can prove dead, and needs the `else` to prove it
-            if not self._in_16_bit(input) or self.output_width(input.shape[-1]) > 1:
+            if not self._in_16_bit(input) or not self._narrow(input):
                 return self._conv_forward(input, self.weight, self.bias)
             with torch.autocast("cpu", enabled=False):
                 bias = None if self.bias is None else self.bias.float()
@@ -34,10 +35,16 @@ class StridedConv2d(nn.Conv2d):
         return input.device.type == "cpu" and (cast or self.weight.dtype is torch.bfloat16)
 
     @torch.jit.unused
-    def output_width(self, width: int) -> int:
-        """Pixels across of the output of a plane that is `width` pixels across."""
-        padding = 0 if isinstance(self.padding, str) else self.padding[1]  # "valid": with a stride there is no "same"
-        return (width + 2 * padding - self.dilation[1] * (self.kernel_size[1] - 1) - 1) // self.stride[1] + 1
+    def _narrow(self, input: Tensor) -> bool:
+        height, width = (self._output_side(input.shape[axis - 2], axis) for axis in (0, 1))
+        return width == 1 and (height > 1 or input.shape[-1] == 1 or self.stride[1] > 2)
+
+    @torch.jit.unused
+    def _output_side(self, side: int, axis: int) -> int:
+        padding = (
+            0 if isinstance(self.padding, str) else self.padding[axis]
+        )  # "valid": with a stride there is no "same"
+        return (side + 2 * padding - self.dilation[axis] * (self.kernel_size[axis] - 1) - 1) // self.stride[axis] + 1
 
 
 def exact_where_narrow(encoder: nn.Module) -> nn.Module:
