@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, plain_errors
 from .encoding import SliceEncoding
-from .strided_conv import exact_where_narrow
+from .safe_conv import with_safe_convolutions
 
 __all__ = [
     "BagNetwork",
@@ -113,7 +113,7 @@ class BagNetwork(nn.Module):
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} must be at least 1, not {size}")
-        self.encoder = exact_where_narrow(encoder)
+        self.encoder = with_safe_convolutions(encoder)
         # How a workflow sends slices through the encoder; it belongs to the run, not to the network: saved nowhere.
         self.encoding = SliceEncoding(chunk_slices=0)
         # Stages of the encoder that are not trained, see `freeze_stages`; a tuple does not register them a second time,

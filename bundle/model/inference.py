@@ -14,12 +14,12 @@ from torch.nn.utils import fuse_conv_bn_eval
 from .bag_network import BagNetwork
 from .encoder import laid_out
 from .encoding import SliceEncoding
-from .strided_conv import StridedConv2d
+from .safe_conv import SafeConv2d
 
 __all__ = ["fold_batch_norms", "for_inference"]
 
 logger = logging.getLogger(__name__)
-NORMS, CONVOLUTIONS = (nn.BatchNorm2d, nn.BatchNorm3d), (nn.Conv2d, nn.Conv3d, StridedConv2d)
+NORMS, CONVOLUTIONS = (nn.BatchNorm2d, nn.BatchNorm3d), (nn.Conv2d, nn.Conv3d, SafeConv2d)
 
 
 def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch.dtype | None = None) -> BagNetwork:
@@ -53,7 +53,7 @@ def for_inference(network: BagNetwork, encoding: SliceEncoding, precision: torch
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # A norm or convolution of our own class is one step as well, not the formula inside it.
-        return isinstance(m, (*NORMS, nn.GroupNorm, StridedConv2d)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (*NORMS, nn.GroupNorm, SafeConv2d)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batch_norms(encoder: nn.Module) -> int:
