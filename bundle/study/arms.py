@@ -66,6 +66,9 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
     for name, stage in stages.items():
         if not NAME.fullmatch(name):
             raise InputError(f"{path}: {name!r} is no name for a stage: use letters, digits, _, - and .")
+        unknown = sorted(set(content["stages"][name]) - {"seeds", "files", "settings"})
+        if unknown:
+            raise InputError(f"{path}: stage {name} has {unknown[0]!r}; it may have seeds, files and settings")
         numbers = [seed for seed in stage.seeds if type(seed) is int and seed >= 0]
         if not numbers or len(set(numbers)) < len(stage.seeds):
             raise InputError(f"{path}: `seeds` of stage {name} are different whole numbers, not {stage.seeds}")

@@ -9,6 +9,7 @@ seeds, with a bootstrap interval over patients, and hit@1.
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,17 @@ def taught(config: ConfigParser) -> Judged:
     dtype = autocast_dtype("cpu", get("amp"), get("precision"))
     network = SliceNet(get("network_def").encoder, get("num_features"))
     loader, validation = get("train::dataloader"), get("validate::dataset")
-    optimizer = torch.optim.AdamW(network.parameters(), lr=get("lr"), weight_decay=get("weight_decay"))
+    groups = [
+        {"params": network.encoder.parameters(), "lr": get("lr")},
+        {"params": network.head.parameters(), "lr": get("classifier_lr")},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=get("weight_decay"))
     schedule = warmup_cosine(optimizer, get("warmup_epochs"), get("max_epochs"), len(loader))
-    average, best, kept = AverageWeights(network, get("weight_average")), float("inf"), network.state_dict()
+    average, best, kept = (
+        AverageWeights(network, get("weight_average")),
+        float("inf"),
+        copy.deepcopy(network.state_dict()),
+    )
     for epoch in tqdm(range(1, get("max_epochs") + 1), desc=f"fold {get('fold')}", leave=False):
         network.train()
         loader.batch_sampler.sampler.set_epoch(epoch)
@@ -85,7 +94,7 @@ def taught(config: ConfigParser) -> Judged:
         average.lend()
         seen = [torch.cat(one) for one in zip(*slice_logits(network, validation, dtype), strict=True)]
         if (nll := float(known_loss(*seen))) < best:
-            best, kept = nll, {name: tensor.clone() for name, tensor in network.state_dict().items()}
+            best, kept = nll, copy.deepcopy(network.state_dict())
         average.take_back()
     network.load_state_dict(kept)
     cases = labelled_cases(get("datalist"), "test", get("fold"), get("dataset_dir"), get("class_names"))
@@ -112,7 +121,7 @@ def shown(seeds: list[Judged], slices: int) -> str:
     aucs = np.mean([weighted_scores(labels, *binary(logits), weights)["auc"] for logits in said], axis=0)
     interval = percentile_interval(aucs[1:])
     hits = [
-        truth[logits.argmax()] == 1
+        truth[np.where(truth < 0, -np.inf, logits).argmax()] == 1  # of the slices whose truth is known
         for one in seeds
         for _, label, logits, truth in one.values()
         if label == 1 and (truth == 1).any()
@@ -129,7 +138,11 @@ def main(arms: list[str]) -> None:
         seeds: dict[int, Judged] = {}
         for folder in pieces:
             piece = Piece.load(folder)
+            if piece.pretrain or piece.config.get("encoder_weights") or piece.config.get("frozen_stages"):
+                raise SystemExit(f"{arm} starts from trained weights, and a ceiling from random ones: give another arm")
             seeds.setdefault(piece.settings["seed"], {}).update(taught(piece.config))
+        if any(cases.keys() != next(iter(seeds.values())).keys() for cases in seeds.values()):
+            raise SystemExit(f"{arm} has seeds with other folds than seed {min(seeds)}: finish them first")
         for name, slices in POOLINGS.items():
             print(f"{arm.name}, slices taught, {name}: AUC {shown(list(seeds.values()), slices)}", flush=True)
 

@@ -79,7 +79,10 @@ def test_files_do_not_depend_on_the_folder_one_is_in(tmp_path, monkeypatch):
         ({"a": {"files": "a.yaml"}}, r"`files` of arm a is a list of file names, such as \[a.yaml\], not 'a.yaml'"),
         ({"a": {"files": [3]}}, "`files` of arm a is a list of file names"),
         ({"a": {"files": None}}, "`files` of arm a is a list of file names"),
-        (["a"], r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`"),
+        (
+            ["a"],
+            r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`",
+        ),
         ({"a": "soft"}, r"is no study \(ValueError\)"),
     ],
 )
@@ -117,6 +120,9 @@ def test_a_stage_has_overlays_of_the_folder_too(tmp_path):
         path = study(tmp_path, {"one": {}}, {"quick": {**STAGES["quick"], "files": files}})
         with pytest.raises(InputError, match=sentence):
             read_study(path)
+    path = study(tmp_path, {"one": {}}, {"quick": {**STAGES["quick"], "file": ["a.yaml"]}})
+    with pytest.raises(InputError, match="stage quick has 'file'; it may have seeds, files and settings"):
+        read_study(path)
 
 
 def test_the_studys_own_arms_set_known_keys():

@@ -7,6 +7,7 @@ import yaml
 
 from bundle.data.make_datalist import main as make_datalist
 from bundle.errors import InputError
+from bundle.study import stability_study
 from bundle.study.stability_study import main
 
 ARMS = {"plain": {}, "small": {"from": "plain", "bag_size": 4}, "both": {"bag_size": 4, "lr": 0.1}, "alike": {}}
@@ -36,6 +37,21 @@ def test_what_the_command_line_replaces_is_said(words, capsys):
     ]
     main(words)  # with two arms that are alike by themselves
     assert capsys.readouterr().err == ""
+
+
+def test_settings_lie_over_files_and_arms_over_stages(words, tmp_path, monkeypatch):
+    (tmp_path / "stage.yaml").write_text("bag_size: 3\nlr: 0.5\nseed: 7\n")
+    (tmp_path / "arm.yaml").write_text("lr: 0.25\nnorm: group\n")
+    study = {
+        "stages": {"quick": {"seeds": [0], "files": ["stage.yaml"], "settings": {"bag_size": 5, "norm": "batch"}}},
+        "arms": {"a": {"files": ["arm.yaml"], "lr": 0.125}, "b": {}},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    given = []
+    monkeypatch.setattr(stability_study, "carry_out", lambda pieces, _: given.extend(pieces))
+    main(words)
+    found = {piece.folder.parent.name: [piece.config[key] for key in ("bag_size", "lr", "norm")] for piece in given}
+    assert found == {"a": [5, 0.125, "group"], "b": [5, 0.5, "batch"]}
 
 
 def test_arms_that_the_command_line_makes_the_same_are_refused(words):

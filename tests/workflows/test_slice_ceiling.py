@@ -47,6 +47,12 @@ def test_it_learns_from_the_labels_of_slices_alone(arm, cohort, tmp_path, capsys
     assert told(other, capsys)[1] == 0  # the slices of the lesion come last
 
 
+def test_an_arm_from_trained_weights_gets_a_sentence(arm):
+    arm._replace(settings={**arm.settings, "encoder_weights": "encoder.pt"}).save()
+    with pytest.raises(SystemExit, match="starts from trained weights"):
+        main([str(arm.folder.parent)])
+
+
 def test_a_folder_without_trainings_gets_a_sentence(tmp_path):
     with pytest.raises(SystemExit, match="holds no finished training"):
         main([str(tmp_path)])
