@@ -17,9 +17,10 @@ class SafeConv2d(nn.Conv2d):
     On a processor with matrix units for bfloat16 (Intel AMX) PyTorch 2.13 was seen to give outputs, and gradients of
     the weights, that have nothing to do with the true ones, up to infinity and without a warning: with strides above 2,
     with kernels of 8 pixels and more, and with any stride where the output is one pixel wide. A ResNet-18 makes such
-    planes of slices of 64 × 32 and of 16 × 16; a patch encoder begins with such a kernel. Right, in 10,000 drawn
-    convolutions against float64, were kernels up to 7 and strides up to 2 without dilation, on all wider planes and
-    where a stride of 2 makes one pixel of a wider plane. Compare github.com/pytorch/pytorch/issues/169688.
+    planes of slices of 64 × 32 and of 16 × 16; a patch encoder begins with such a kernel. Right, in the convolutions
+    that tests/model/test_safe_conv.py draws, against float64, were kernels up to 7 and strides up to 2 without
+    dilation, on all wider planes and where a stride of 2 makes one pixel of a wider plane. Compare
+    github.com/pytorch/pytorch/issues/169688.
 
     Under autocast the output is then float32. What is scripted, traced or exported without autocast is a plain
     convolution, as it is on a GPU.

@@ -42,16 +42,16 @@ def by_order(tables: Iterable[Path], orders: dict[str, str | None]) -> dict[str,
         tables: pieces.csv files of a set each, whose names begin with that of the set; a training may be in several.
         orders: of each arm.
     """
-    right: dict[tuple[str, str, str, str], float] = {}
+    right: dict[tuple[str, str, str, str, str], float] = {}
     for path in tables:
         for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-            if row["hit_1_score"] and orders[row["arm"]]:
-                key = (path.name.split("_")[0], row["arm"], row["seed"], row["fold"])
+            if row["hit_1_score"] and (ordered := orders[row["arm"]]):
+                key = (ordered, path.name.split("_")[0], row["arm"], row["seed"], row["fold"])
                 right.setdefault(key, float(row["hit_1_score"]))
     found: dict[str, tuple[int, int]] = {}
-    for (name, arm, _, _), hits in right.items():
-        trainings, lost = found.get(orders[arm] or "", (0, 0))
-        found[orders[arm] or ""] = trainings + 1, lost + (hits <= CHANCE[name])
+    for (ordered, name, *_), hits in right.items():
+        trainings, lost = found.get(ordered, (0, 0))
+        found[ordered] = trainings + 1, lost + (hits <= CHANCE[name])
     return found
 
 

@@ -79,10 +79,7 @@ def test_files_do_not_depend_on_the_folder_one_is_in(tmp_path, monkeypatch):
         ({"a": {"files": "a.yaml"}}, r"`files` of arm a is a list of file names, such as \[a.yaml\], not 'a.yaml'"),
         ({"a": {"files": [3]}}, "`files` of arm a is a list of file names"),
         ({"a": {"files": None}}, "`files` of arm a is a list of file names"),
-        (
-            ["a"],
-            r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`",
-        ),
+        (["a"], r"is no study \(AttributeError\): it needs `stages` \(name: seeds, settings\) and `arms`"),
         ({"a": "soft"}, r"is no study \(ValueError\)"),
     ],
 )
