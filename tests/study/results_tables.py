@@ -1,7 +1,8 @@
-"""The tables of docs/results.md, from docs/results/*_arms.csv, which `scripts/stability_study` wrote as arms.csv.
+"""The tables of docs/results.md, from docs/results/*.csv, which `scripts/stability_study` wrote.
 
 python -m tests.study.results_tables, from the repository root, writes every table anew that stands under a line such as
-<!-- table: side_confirm scores --> or <!-- table: side_screen short before after -->: file, kind, and arms (all).
+<!-- table: side_confirm scores --> or <!-- table: side_screen short before after -->: file, kind, and arms (all). Two
+kinds are of *_pieces.csv, the single trainings, the others of *_arms.csv.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 __all__ = ["MARKED", "filled"]
 
@@ -157,26 +159,101 @@ KINDS: dict[str, dict[str, Column]] = {
     },
 }
 
+SINGLE = {  # of one training
+    "AUC": ("test_auc", 3),
+    "NLL of the test cases": ("test_nll", 3),
+    "first slice right, by score": ("hit_1_score", 2),
+    "batch NLL": ("nll_mean", 3),
+    "its variance": ("nll_variance", 3),
+}
+# Over the trainings of an arm, each judged by itself; the first arm is what the others are compared with.
+MEANS: dict[str, Column] = {
+    "trainings": lambda row: row["trainings"],
+    **{head: plain(f"test_{name}") for head, name in (("AUC", "auc"), ("macro F1", "f1_macro"), ("NLL", "nll"))},
+    **{f"hit@1 by {by}": plain(f"hit_1_{by}") for by in ("score", "attention", "occlusion")},
+    **KINDS["steadiness"],
+}
+
+
+def by_fold(rows: Sequence[Row], arms: Sequence[str]) -> str:
+    """Markdown: a line a score and arm, a column a fold; for arms with one seed."""
+    folds = sorted({row["fold"] for row in rows}, key=int)
+    lines = [["", "arm", *(f"fold {fold}" for fold in folds), "mean"], ["---"] * (len(folds) + 3)]
+    for head, (name, digits) in SINGLE.items():
+        for arm, of_arm in _by_arm(rows, arms).items():
+            values = {row["fold"]: row[name] for row in of_arm}
+            if len(values) < len(of_arm):
+                raise ValueError(f"{arm} has a fold more than once: a table by fold is of one seed")
+            mean = str(fmean(map(float, values.values())))
+            lines.append(
+                [head, f"`{arm}`", *(number(values.get(fold, ""), digits) for fold in folds), number(mean, digits)]
+            )
+    return _markdown(lines)
+
+
+def means(rows: Sequence[Row], arms: Sequence[str]) -> str:
+    """Markdown: a line an arm, with the mean over its trainings."""
+    by_arm = _by_arm(rows, arms)
+    first = next(iter(by_arm))
+    shown = []
+    for arm, of_arm in by_arm.items():
+        row = {"arm": arm, "trainings": str(len(of_arm))}
+        for name in of_arm[0]:
+            values = [float(one[name]) for one in of_arm if name != "arm" and one[name]]
+            row |= {name: str(fmean(values))} if values else {}
+        row |= _times_steadier(by_arm[first], of_arm)
+        shown.append(row)
+    return _columns(shown, MEANS, first)
+
+
+def _by_arm(rows: Sequence[Row], arms: Sequence[str]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["arm"], []).append(row)
+    return {arm: found[arm] for arm in arms or found}
+
+
+def _times_steadier(reference: Sequence[Row], other: Sequence[Row]) -> dict[str, str]:
+    """As `bundle.study.arm_results.variance_ratio`."""
+    before, after = (
+        {(one["fold"], one["seed"]): float(one["nll_variance"]) for one in of} for of in (reference, other)
+    )
+    both = [place for place in before if place in after]
+    ratios = [before[place] / after[place] for place in both]
+    found = fmean(before[place] for place in both) / fmean(after[place] for place in both), min(ratios), max(ratios)
+    return {f"times_steadier{end}": str(value) for end, value in zip(("", "_low", "_high"), found, strict=True)}
+
 
 def table(rows: Sequence[Row], kind: str, arms: Sequence[str]) -> str:
     """Markdown; columns of which no row has anything are left out."""
     by_arm = {row["arm"]: row for row in rows}
     itself = [row["arm"] for row in rows if float(row["auc_difference_low"]) == float(row["auc_difference_high"]) == 0]
     shown = [by_arm[name] for name in arms or by_arm]
-    cells = {
-        head.format(reference=f"`{itself[0]}`"): [column(row) for row in shown] for head, column in KINDS[kind].items()
-    }
+    return _columns(shown, KINDS[kind], itself[0])
+
+
+def _columns(shown: Sequence[Row], columns: Mapping[str, Column], reference: str) -> str:
+    cells = {head.format(reference=f"`{reference}`"): [told(row) for row in shown] for head, told in columns.items()}
     cells = {"arm": [f"`{row['arm']}`" for row in shown], **{head: c for head, c in cells.items() if any(c)}}
-    lines = [list(cells), ["---"] * len(cells), *zip(*cells.values(), strict=True)]
+    return _markdown([list(cells), ["---"] * len(cells), *map(list, zip(*cells.values(), strict=True))])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+OF_PIECES = {"folds": by_fold, "means": means}
 
 
 def filled(page: str, folder: Path) -> str:
     """The page with its marked tables made anew from the files of the folder."""
 
     def one(match: re.Match[str]) -> str:
-        with (folder / f"{match[2]}_arms.csv").open(newline="", encoding="utf-8") as file:
-            return match[1] + table(list(csv.DictReader(file)), match[3], match[4].split())
+        name, kind, arms = match[2], match[3], match[4].split()
+        source = "pieces" if kind in OF_PIECES else "arms"
+        with (folder / f"{name}_{source}.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return match[1] + (OF_PIECES[kind](rows, arms) if kind in OF_PIECES else table(rows, kind, arms))
 
     return MARKED.sub(one, page)
 
