@@ -59,6 +59,7 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
             for name, s in content["stages"].items()
         }
         given: Mapping[str, Mapping[str, Any]] = {str(name): dict(arm or {}) for name, arm in content["arms"].items()}
+        known = {str(name): set(stage) for name, stage in content["stages"].items()}
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"{path} is no study ({type(error).__name__}): it needs `stages` (name: seeds, settings) and `arms`"
@@ -66,12 +67,13 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
     for name, stage in stages.items():
         if not NAME.fullmatch(name):
             raise InputError(f"{path}: {name!r} is no name for a stage: use letters, digits, _, - and .")
-        unknown = sorted(set(content["stages"][name]) - {"seeds", "files", "settings"})
+        unknown = sorted(known[name] - {"seeds", "files", "settings"}, key=str)
         if unknown:
             raise InputError(f"{path}: stage {name} has {unknown[0]!r}; it may have seeds, files and settings")
         numbers = [seed for seed in stage.seeds if type(seed) is int and seed >= 0]
         if not numbers or len(set(numbers)) < len(stage.seeds):
             raise InputError(f"{path}: `seeds` of stage {name} are different whole numbers, not {stage.seeds}")
+        _check_names(stage.settings, path)
         stages[name] = stage._replace(files=_paths(stage.files, path, f"stage {name}"))
     arms: dict[str, Arm] = {}
     for name, arm in given.items():
@@ -85,9 +87,16 @@ def read_study(path: str | Path) -> tuple[dict[str, Stage], dict[str, Arm]]:
         pretrain = start.pretrain
         if "pretrain" in settings:
             pretrain = _pretraining(settings.pop("pretrain"), path, name)
+        _check_names(settings, path)
         paths = _paths(files, path, f"arm {name}")
         arms[name] = Arm((*start.files, *paths), {**start.settings, **settings}, pretrain)
     return stages, arms
+
+
+def _check_names(settings: Mapping[Any, Any], study: Path) -> None:
+    for key in settings:
+        if not isinstance(key, str):  # YAML reads `on` as a boolean
+            raise InputError(f"{study}: {key!r} is read as {type(key).__name__} and is no setting: put it in quotes")
 
 
 def _paths(files: Any, study: Path, owner: str) -> tuple[str, ...]:
@@ -108,6 +117,7 @@ def _pretraining(given: Any, study: Path, arm: str) -> Pretraining | None:
             f"{study}: `pretrain` of arm {arm} needs `files`, such as [pretrain.yaml], and may have settings"
         )
     settings = {key: value for key, value in given.items() if key != "files"}
+    _check_names(settings, study)
     return Pretraining(_paths(given["files"], study, f"arm {arm}"), settings)
 
 

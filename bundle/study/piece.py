@@ -73,7 +73,7 @@ class Piece(NamedTuple):
 
     @property
     def _dated_files(self) -> tuple[tuple[str, int], ...]:
-        return tuple((file, os.stat(file).st_mtime_ns) for file in self.config_files)
+        return _dated(self.config_files)
 
     def made_from(self) -> dict[str, str]:
         """What the result depends on, as {key: canonical JSON}: settings, overlaid definitions, content of files.
@@ -90,8 +90,24 @@ class Piece(NamedTuple):
         if isinstance(start, str) and os.path.isfile(start):
             kept["encoder_weights_content"] = file_hash(start)
         if self.pretrain is not None:
-            kept |= _made_from(self.pretrain)
+            kept |= self._pretraining_made_from(self.pretrain)
         return {key: json.dumps(value, sort_keys=True, default=str) for key, value in kept.items()}
+
+    def _pretraining_made_from(self, pretrain: Pretraining) -> dict[str, Any]:
+        """What a pre-training adds to what a piece depends on.
+
+        Its settings are those that it runs with, be they of its own or of the training. The first entry is a
+        definition, which tells a piece with a pre-training from one without.
+        """
+        files = (*self._dated_files, *_dated(pretrain.config_files))
+        config = ConfigParser()
+        config.read_config(copy.deepcopy(_merged(files)[0]))
+        config.update({**self.settings, **pretrain.settings})
+        merged: dict[str, Any] = config.config  # type: ignore[assignment]
+        own = [ConfigParser.load_config_file(file) for file in pretrain.config_files[1:]]  # the first is of the code
+        overlaid = {_top_level(key) for overlay in (*own, pretrain.settings) for key in overlay}
+        kept = {f"pretrain::{key}": value for key, value in _differing(merged, overlaid).items()}
+        return {"pretrain": {"files": [Path(file).name for file in pretrain.config_files]}, **kept}
 
     def save(self) -> None:
         """Write what a process of its own needs to do this piece."""
@@ -119,18 +135,8 @@ def _differing(merged: Mapping[str, Any], overlaid: Set[str]) -> dict[str, Any]:
     }
 
 
-def _made_from(pretrain: Pretraining) -> dict[str, Any]:
-    """What a pre-training adds to what a piece depends on.
-
-    The first entry is a definition, which tells a piece with a pre-training from one without.
-    """
-    base, *overlays = [ConfigParser.load_config_file(file) for file in pretrain.config_files]
-    overlays.append(pretrain.settings)
-    overlaid = {_top_level(key) for overlay in overlays for key in overlay}
-    for overlay in overlays:
-        base = {**base, **overlay}
-    kept = {f"pretrain::{key}": value for key, value in _differing(base, overlaid).items()}
-    return {"pretrain": {"files": [Path(file).name for file in pretrain.config_files]}, **kept}
+def _dated(files: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    return tuple((file, os.stat(file).st_mtime_ns) for file in files)
 
 
 # A study asks for the same few files once for each of its pieces, and reading train.yaml takes a tenth of a second.
@@ -165,7 +171,7 @@ def piece_result(piece: Piece) -> dict[str, Any] | None:
     """
     try:
         result: dict[str, Any] = json.loads((piece.folder / "piece.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     if result.get("format") != FORMAT:
         raise InputError(f"{piece.folder} was made by another version: choose another output_dir, or delete it")
@@ -188,12 +194,20 @@ def _told(value: str | None) -> str:
 
 
 def train(piece: Piece) -> None:
-    """The training, after the pre-training if there is to be one; an interrupted one goes on."""
+    """The training, after the pre-training if there is to be one; an interrupted one goes on.
+
+    Raises:
+        InputError: an overlay was changed during the pre-training.
+    """
     settings = dict(piece.settings)
     if piece.pretrain is not None:
-        folder = piece.folder / PRETRAINED
+        folder, made_from = piece.folder / PRETRAINED, piece.made_from()
         files = [*piece.config_files, *piece.pretrain.config_files]
-        run(config_file=files, **{**settings, **piece.pretrain.settings, "output_dir": str(folder)})
+        # MONAI leaves out what is None.
+        own = {key: "null" if value is None else value for key, value in piece.pretrain.settings.items()}
+        run(config_file=files, **{**settings, **own, "output_dir": str(folder)})
+        if piece.made_from() != made_from:  # the training reads the overlays only now
+            raise InputError(f"the settings of {piece.folder} changed while its encoder was pre-trained: start it anew")
         settings["encoder_weights"] = str(folder / "encoder.pt")
     run(config_file=list(piece.config_files), **{**settings, "output_dir": str(piece.folder)})
 
@@ -277,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             do_piece(piece)
         for name in LEFT_OVER:
             for path in piece.folder.glob(name):
-                path.unlink()
+                path.unlink(missing_ok=True)
     return 0
 
 

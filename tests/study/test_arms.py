@@ -38,6 +38,22 @@ def test_an_arm_starts_from_another(tmp_path):
     assert list(found) == ["first", "second", "third", "7"]
 
 
+def test_a_stage_whose_name_is_a_number_is_called_by_it(tmp_path):
+    stages, _ = read_study(study(tmp_path, {"a": None}, {60: {"seeds": [0], "settings": {}}}))
+    assert list(stages) == ["60"]
+
+
+@pytest.mark.parametrize(
+    "arm", [{True: 1}, {"pretrain": {"files": ["pre.yaml"], 5: 1}}], ids=["a setting", "one of the pre-training"]
+)
+def test_a_setting_that_yaml_reads_as_no_text_is_refused(tmp_path, arm):
+    (tmp_path / "pre.yaml").write_text("{}\n")
+    with pytest.raises(InputError, match="is read as (bool|int) and is no setting: put it in quotes"):
+        read_study(study(tmp_path, {"a": arm}))
+    with pytest.raises(InputError, match="is read as bool and is no setting"):
+        read_study(study(tmp_path, {"a": None}, {"quick": {"seeds": [0], "settings": {False: 1}}}))
+
+
 def test_an_arm_takes_over_the_pre_training_of_the_one_it_starts_from(tmp_path):
     for name in ("pre.yaml", "more.yaml"):
         (tmp_path / name).write_text("{}\n")

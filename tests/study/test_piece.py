@@ -130,6 +130,8 @@ def test_a_pre_training_is_part_of_what_a_piece_is(done, tmp_path):
     overlay.write_text("view_steps: []\n")
     for other in (
         Pretraining((PRETRAIN,), {"max_epochs": 4}),
+        Pretraining((PRETRAIN,), {}),  # the epochs of the training, which pretrain.yaml does not say
+        Pretraining((PRETRAIN,), {"max_epochs": 3, "batch_size": 3}),  # which it does not say either
         Pretraining((PRETRAIN,), {"max_epochs": 3, "vicreg_variance": 1.0}),
         Pretraining((PRETRAIN, str(overlay)), {"max_epochs": 3}),
     ):
@@ -154,6 +156,32 @@ def test_the_training_starts_from_what_was_pre_trained(done, monkeypatch, tmp_pa
     assert main_run["encoder_weights"] == str(done.folder / "pretrained" / "encoder.pt")
     assert main_run["output_dir"] == str(done.folder)
     assert "max_epochs" not in main_run
+
+
+def test_nothing_of_a_pre_training_is_left_to_the_config(done, monkeypatch):
+    calls = []
+    monkeypatch.setattr(module, "run", lambda **given: calls.append(given))
+    start = with_settings(done, encoder_weights="weights.pt")
+    module.train(start._replace(pretrain=Pretraining((PRETRAIN,), {"encoder_weights": None})))
+    assert calls[0]["encoder_weights"] == "null"  # MONAI would leave out None, and start from weights.pt
+
+
+def test_an_overlay_that_changes_during_the_pre_training_is_refused(done, monkeypatch, tmp_path):
+    overlay = tmp_path / "changing.yaml"
+    overlay.write_text("lr: 0.5\n")
+    calls = []
+
+    def pre_trains_and_someone_edits(**given):
+        calls.append(given)
+        overlay.write_text("lr: 0.25 # another\n")
+
+    monkeypatch.setattr(module, "run", pre_trains_and_someone_edits)
+    piece = done._replace(
+        config_files=(*done.config_files, str(overlay)), pretrain=Pretraining((PRETRAIN,), {"max_epochs": 3})
+    )
+    with pytest.raises(InputError, match="changed while its encoder was pre-trained"):
+        module.train(piece)
+    assert len(calls) == 1
 
 
 def test_another_format_is_refused(done):
