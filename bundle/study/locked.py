@@ -29,6 +29,8 @@ def judge_locked(pieces: Sequence[Piece], progress: bool = True) -> None:
     """
     done = done_pieces(pieces)
     for piece in tqdm([p for p in pieces if p.folder in done], desc="locked", unit="piece", disable=not progress):
+        if not (piece.folder / "model.pt").exists():
+            raise InputError(f"{piece.folder} has no weights (model.pt) any more: delete the folder and train it again")
         if evaluated(piece, LOCKED):
             continue
         piece.save()  # another command may have changed what the process reads

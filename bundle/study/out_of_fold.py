@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ..evaluation.key_slices import CASE_SCORES, RANKINGS, case_key_slices, rank
 
 __all__ = ["OutOfFold", "Predictions", "fitted_on_validation", "out_of_fold", "read_predictions"]
 
+logger = logging.getLogger(__name__)
 Floats = NDArray[np.float64]
 Record = dict[str, Any]
 # Ends the logarithm of a probability; one in float32 is no smaller but for 0.
@@ -54,7 +56,8 @@ class OutOfFold(NamedTuple):
         calibrated: the same after the temperature of each piece's inner validation.
         at_point: (M,) classes by each piece's operating point (two classes; else the most probable).
         top_slice: ranking → (M,) stored number of the first slice, NaN where the case has no such ranking.
-        evidence: each of `CASE_SCORES` → ranking → (M,), NaN for cases without a known true slice.
+        evidence: each of `CASE_SCORES` → ranking → (M,), NaN for cases without a known true slice, and for all cases
+            where a piece with true slices lacks the ranking: a mean over the others would be of other cases.
         temperatures: of the pieces.
     """
 
@@ -101,7 +104,9 @@ def _predictions(records: Sequence[Record], folder: Path) -> Predictions:
 
 
 def fitted_on_validation(validation: Predictions, sensitivity: float = 0.9) -> tuple[float, float | None]:
-    """Temperature, and operating point of the calibrated probabilities (None: not two classes, or one without a case).
+    """Temperature, and operating point of the calibrated probabilities.
+
+    The point is None with other than two classes, one without a case, or where only a threshold near 0 would do.
 
     Args:
         validation: inner validation cases of a piece.
@@ -126,7 +131,8 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
     Raises:
         InputError: a case is in the test part of two pieces, or a file is missing.
     """
-    parts = [_piece(folder, sensitivity, section) for folder in folders]
+    read = [_piece(folder, sensitivity, section) for folder in folders]
+    parts = [part for part, _ in read]
     cases = [case for part in parts for case in part.raw.cases]
     patients = [patient for part in parts for patient in part.raw.patients]
     if len(set(cases)) < len(cases):
@@ -136,8 +142,11 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
     def joined(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate(values)[order]
 
+    lacking = _lacking({folder: part for folder, (part, truth) in zip(folders, read, strict=True) if truth})
+
     def by_ranking(values: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
-        return {by: joined([one[by] for one in values]) for by in RANKINGS}
+        whole = {by: joined([one[by] for one in values]) for by in RANKINGS}
+        return {by: np.full_like(found, np.nan) if by in lacking else found for by, found in whole.items()}
 
     return OutOfFold(
         Predictions(
@@ -155,7 +164,21 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
     )
 
 
-def _piece(folder: Path, sensitivity: float, section: str) -> OutOfFold:
+def _lacking(parts: Mapping[Path, OutOfFold]) -> set[str]:
+    """Rankings that some pieces have and others lack, of those whose cases have true slices."""
+    had = {
+        folder: {by for by, found in part.evidence["hit_1"].items() if np.isfinite(found).any()}
+        for folder, part in parts.items()
+    }
+    known = {by for found in had.values() for by in found}
+    for folder, found in had.items():
+        if known - found:
+            logger.warning("%s: no order of slices by %s, left out for all folds", folder, ", ".join(known - found))
+    return {by for found in had.values() for by in known - found}
+
+
+def _piece(folder: Path, sensitivity: float, section: str) -> tuple[OutOfFold, bool]:
+    """What a piece says, and whether any of its positive cases has a true slice."""
     records = _records(folder / section)
     raw = _predictions(records, folder / section)
     temperature, threshold = fitted_on_validation(read_predictions(folder / "validation"), sensitivity)
@@ -166,7 +189,8 @@ def _piece(folder: Path, sensitivity: float, section: str) -> OutOfFold:
         for record in records
         if record["status"] != "refused"
     ]
-    return OutOfFold(
+    truth = any(record["label"] and any(s["label"] == 1 for s in record["slices"]) for record in records)
+    found = OutOfFold(
         raw,
         after,
         after.argmax(axis=1) if threshold is None else predicted_classes(after, threshold),
@@ -174,6 +198,7 @@ def _piece(folder: Path, sensitivity: float, section: str) -> OutOfFold:
         {name: _of_cases(evidence, name) for name in CASE_SCORES},
         [temperature],
     )
+    return found, truth
 
 
 def _of_cases(evidence: Sequence[dict[str, dict[str, float]]], name: str) -> dict[str, Floats]:

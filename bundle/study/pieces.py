@@ -180,13 +180,16 @@ def _has_time(result: Mapping[str, Any] | None) -> bool:
 
 def _epochs(piece: Piece) -> float:
     """Epochs of a piece; one of its pre-training, which looks at each slice twice, counts as two."""
-    epochs = float(piece.config["max_epochs"])
+    found = [piece.config["max_epochs"]]
     if piece.pretrain is not None:
-        settings = {"max_epochs": piece.config["max_epochs"]}
+        settings = {"max_epochs": found[0]}
         for file in piece.pretrain.config_files:
             settings.update(ConfigParser.load_config_file(file))
-        epochs += 2 * float({**settings, **piece.pretrain.settings}["max_epochs"])
-    return epochs
+        found.append({**settings, **piece.pretrain.settings}["max_epochs"])
+    try:
+        return sum(weight * float(epochs) for weight, epochs in zip((1, 2), found, strict=False))
+    except (TypeError, ValueError):
+        raise InputError(f"max_epochs must be a whole number, not {found[-1]!r}") from None
 
 
 def probe_seconds(pieces: Sequence[Piece], processes: int = 1) -> float:
@@ -201,6 +204,7 @@ def probe_seconds(pieces: Sequence[Piece], processes: int = 1) -> float:
     Raises:
         InputError: the training fails.
     """
+    epochs = [_epochs(piece) for piece in pieces]  # first, as a mistake in them should not take two epochs to show
     with tempfile.TemporaryDirectory() as folder:
         short = {"max_epochs": 2, "warmup_epochs": 0}
         probe = Piece(Path(folder), pieces[0].config_files, {**pieces[0].settings, **short})
@@ -215,4 +219,4 @@ def probe_seconds(pieces: Sequence[Piece], processes: int = 1) -> float:
         events = EventAccumulator(str(probe.folder / "events")).Reload()
         first, second = (event.wall_time for event in events.Scalars("train_loss"))
     an_epoch = second - first
-    return sum(seconds + an_epoch * (_epochs(piece) - 2) for piece in pieces) / processes
+    return sum(seconds + an_epoch * (number - 2) for number in epochs) / processes

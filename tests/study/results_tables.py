@@ -184,10 +184,10 @@ def by_fold(rows: Sequence[Row], arms: Sequence[str]) -> str:
             values = {row["fold"]: row[name] for row in of_arm}
             if len(values) < len(of_arm):
                 raise ValueError(f"{arm} has a fold more than once: a table by fold is of one seed")
-            mean = str(fmean(map(float, values.values())))
-            lines.append(
-                [head, f"`{arm}`", *(number(values.get(fold, ""), digits) for fold in folds), number(mean, digits)]
-            )
+            whole = all(values.get(fold) for fold in folds)  # a mean over the others would be of other cases
+            mean = str(fmean(map(float, values.values()))) if whole else ""
+            shown = [number(text, digits) for text in (*(values.get(fold, "") for fold in folds), mean)]
+            lines.append([head, f"`{arm}`", *shown])
     return _markdown(lines)
 
 
@@ -199,8 +199,8 @@ def means(rows: Sequence[Row], arms: Sequence[str]) -> str:
     for arm, of_arm in by_arm.items():
         row = {"arm": arm, "trainings": str(len(of_arm))}
         for name in of_arm[0]:
-            values = [float(one[name]) for one in of_arm if name != "arm" and one[name]]
-            row |= {name: str(fmean(values))} if values else {}
+            if name != "arm" and all(one[name] for one in of_arm):
+                row[name] = str(fmean(float(one[name]) for one in of_arm))
         row |= _times_steadier(by_arm[first], of_arm)
         shown.append(row)
     return _columns(shown, MEANS, first)

@@ -69,6 +69,26 @@ def test_every_case_gets_what_its_own_fold_says(tmp_path, classes):
     assert found.temperatures[0] != found.temperatures[1]
 
 
+def test_a_ranking_that_one_fold_lacks_is_left_out_for_all(tmp_path, caplog):
+    """Else a training whose scores are all the same would leave its cases out of a mean that looks whole."""
+
+    def fold(name, cases):
+        write_records(tmp_path / name / "test", cases)
+        write_records(tmp_path / name / "validation", drawn([f"v{i}" for i in range(4)]))
+        return tmp_path / name
+
+    good = fold("good", [record("a", 1, [0.4, 0.6], scores=[0.0, 3.0, 1.0], truth=[0, 1, 0])])
+    flat = fold("flat", [record("b", 1, [0.4, 0.6], scores=[2.0, 2.0, 2.0], truth=[0, 1, 0])])
+    without = fold("without", [record("c", 0, [0.4, 0.6], truth=[0, 0, 0]), record("d", 1, [0.4, 0.6])])
+    assert out_of_fold([good, without]).evidence["hit_1"]["score"][0] == 1.0  # no true slice there to be missed
+    assert not caplog.messages
+    found = out_of_fold([good, flat])
+    assert np.isnan(found.evidence["hit_1"]["score"]).all()
+    assert np.isnan(found.evidence["distance_mm"]["score"]).all()
+    assert np.isnan(found.top_slice["score"]).all()
+    assert "flat: no order of slices by" in caplog.text
+
+
 def test_evidence_is_counted_where_the_truth_is_known(tmp_path):
     test = [
         record("hit", 1, [0.4, 0.6], scores=[0.0, 3.0, 1.0], truth=[0, 1, 0]),

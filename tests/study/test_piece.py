@@ -7,6 +7,7 @@ import yaml
 from bundle.errors import InputError
 from bundle.study import piece as module
 from bundle.study.arms import Pretraining
+from bundle.study.locked import judge_locked
 from bundle.study.piece import BUSY, Piece, main, piece_result
 
 from .made_pieces import ROOT, TRAIN, datalist, finish, record, result_of
@@ -182,6 +183,11 @@ def test_an_overlay_that_changes_during_the_pre_training_is_refused(done, monkey
     with pytest.raises(InputError, match="changed while its encoder was pre-trained"):
         module.train(piece)
     assert len(calls) == 1
+
+
+def test_locked_cases_want_the_weights(done):
+    with pytest.raises(InputError, match="run has no weights .model.pt. any more: delete the folder and train"):
+        judge_locked([done], progress=False)
 
 
 def test_another_format_is_refused(done):

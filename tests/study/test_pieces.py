@@ -13,7 +13,7 @@ import pytest
 from bundle.errors import InputError
 from bundle.study.arms import Pretraining
 from bundle.study.piece import BUSY, Piece
-from bundle.study.pieces import do_pieces, done_pieces, duration, projected_seconds
+from bundle.study.pieces import do_pieces, done_pieces, duration, probe_seconds, projected_seconds
 
 from .made_pieces import ROOT, TRAIN, datalist
 
@@ -171,6 +171,13 @@ def planned(tmp_path, arm, fold, epochs, pretrain=None):
     config = tmp_path / "train.yaml"
     config.write_text("max_epochs: 60\n")
     return Piece(Path(arm) / str(fold), (str(config),), {"max_epochs": epochs} if epochs else {}, pretrain)
+
+
+@pytest.mark.parametrize("epochs", ["abc", "$2 * 10", [3]])
+def test_epochs_that_are_no_number_are_refused_before_anything_is_timed(tmp_path, epochs, monkeypatch):
+    monkeypatch.setattr("bundle.study.pieces.start", lambda *_: pytest.fail("two epochs were trained first"))
+    with pytest.raises(InputError, match="max_epochs must be a whole number, not"):
+        probe_seconds([planned(tmp_path, "a", 0, epochs)])
 
 
 def test_the_projection_is_by_the_mean_of_the_arm_then_by_epochs(tmp_path):

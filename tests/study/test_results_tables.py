@@ -23,7 +23,7 @@ def test_a_table_by_fold_has_a_column_a_fold_and_the_mean():
     rows = [piece("a", 0, 0.5, 0.4), piece("a", 1, 1.0, 0.2), piece("b", 1, 0.75, 0.1)]
     lines = by_fold(rows, ["b", "a"]).splitlines()
     assert lines[0] == "|  | arm | fold 0 | fold 1 | mean |"
-    assert lines[2:4] == ["| AUC | `b` |  | .750 | .750 |", "| AUC | `a` | .500 | 1.000 | .750 |"]
+    assert lines[2:4] == ["| AUC | `b` |  | .750 |  |", "| AUC | `a` | .500 | 1.000 | .750 |"]
     assert lines[-1] == "| its variance | `a` | .400 | .200 | .300 |"
 
 
