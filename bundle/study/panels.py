@@ -10,13 +10,15 @@ from matplotlib.figure import Figure
 __all__ = ["finish", "grid", "legend"]
 
 COLUMNS = 4
+LEAST = (8.0, 3.2)  # inches, for the legend above a single panel and the name of its axis
 
 
 def grid(count: int, height: float = 2.2) -> tuple[Figure, Any]:
     """A figure of at least `count` panels in rows of four, `height` inches each, and the panels, row by row."""
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
-    drawn = Figure(figsize=(4 * columns, height * rows + 0.4), layout="constrained")
+    size = (max(LEAST[0], 4 * columns), max(LEAST[1], height * rows + 0.4))
+    drawn = Figure(figsize=size, layout="constrained")
     panels: Any = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     return drawn, panels.ravel()
 
