@@ -173,7 +173,8 @@ def _lacking(parts: Mapping[Path, OutOfFold]) -> set[str]:
     known = {by for found in had.values() for by in found}
     for folder, found in had.items():
         if known - found:
-            logger.warning("%s: no order of slices by %s, left out for all folds", folder, ", ".join(known - found))
+            missing = ", ".join(sorted(known - found))
+            logger.warning("%s: no order of slices by %s, left out for all folds", folder, missing)
     return {by for found in had.values() for by in known - found}
 
 

@@ -186,10 +186,10 @@ def _epochs(piece: Piece) -> float:
         for file in piece.pretrain.config_files:
             settings.update(ConfigParser.load_config_file(file))
         found.append({**settings, **piece.pretrain.settings}["max_epochs"])
-    try:
-        return sum(weight * float(epochs) for weight, epochs in zip((1, 2), found, strict=False))
-    except (TypeError, ValueError):
-        raise InputError(f"max_epochs must be a whole number, not {found[-1]!r}") from None
+    wrong = [epochs for epochs in found if not isinstance(epochs, (int, float))]
+    if wrong:
+        raise InputError(f"max_epochs must be a whole number, not {wrong[0]!r}")
+    return float(sum(weight * epochs for weight, epochs in zip((1, 2), found, strict=False)))
 
 
 def probe_seconds(pieces: Sequence[Piece], processes: int = 1) -> float:
