@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,15 @@ class Plan:
         overrides: further arguments, `--key value` each, as for `python -m monai.bundle run`.
 
     Raises:
-        InputError: on an argument that is none, or folds that the datalist does not have or that have no test cases.
+        InputError: on an argument that is none, an output_dir that cannot be written to, or folds that the datalist
+            does not have or that have no test cases.
     """
 
     def __init__(self, given: argparse.Namespace, overrides: Sequence[str]) -> None:
         self.given, self.output_dir = given, given.output_dir.expanduser().absolute()
+        there = next(folder for folder in (self.output_dir, *self.output_dir.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"--output_dir: {there} is no folder that can be written to")
         files = DefaultParseValue(given.config_file)
         files = [files] if isinstance(files, str) else files
         if not isinstance(files, (list, tuple)) or not files:

@@ -154,6 +154,7 @@ def test_another_setting_in_the_same_folder_is_refused(cohort, small, whole):
         (["lr", "1"], "'lr' is no option"),
         (["--datalist", "none.json"], "there is no datalist"),
         (["--config_file", "none.yaml"], "--config_file: there is no file"),
+        (["--output_dir", "README.md/out"], "README.md is no folder that can be written to"),
         (["--config_file", "7"], "--config_file is a file or a list of files"),
         (["--report"], "no seed has all its folds done yet"),
         (["--locked"], "has no locked cases: make it with scripts/make_datalist --lock SHARE"),
