@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from bundle.study.piece import Piece
+from bundle.study.pieces import probe_seconds
 from tests.command import run_module
 
 from .conftest import ROOT, environment
@@ -256,6 +258,12 @@ def test_a_piece_can_be_done_anew_from_its_settings(whole, tmp_path):
     run([sys.executable, "-m", "bundle.study.piece", str(again)])
     for name in RUN[1:]:
         assert (again / name).read_text() == (done / name).read_text(), name
+
+
+def test_the_time_is_projected_of_a_training_that_writes_no_events(cohort, small, tmp_path):
+    files = tuple(map(str, (ROOT / "configs" / "train.yaml", small)))
+    settings = {"dataset_dir": str(cohort), "datalist": str(cohort / "datalist.json"), "fold": 0, "seed": 0}
+    assert probe_seconds([Piece(tmp_path / "piece", files, {**settings, "log::tensorboard": False})]) > 0
 
 
 @pytest.mark.slow
