@@ -184,6 +184,8 @@ def _piece(folder: Path, sensitivity: float, section: str) -> tuple[OutOfFold, b
     raw = _predictions(records, folder / section)
     temperature, threshold = fitted_on_validation(read_predictions(folder / "validation"), sensitivity)
     after = calibrated(raw.logits, temperature)
+    if threshold is None and after.shape[1] == 2:
+        logger.warning("%s: its validation cases give no operating point; the more probable class is taken", folder)
     told = rankings_that_tell(records)
     evidence = [
         {by: found for by, found in case_key_slices(record).items() if by in told}

@@ -132,6 +132,17 @@ def test_validation_cases_of_one_class_give_no_operating_point(tmp_path):
     assert point is None
 
 
+def test_a_fold_that_has_to_answer_without_an_operating_point_says_so(tmp_path, caplog):
+    folders, _ = folds(tmp_path)
+    assert len(out_of_fold(folders).at_point)
+    assert not caplog.messages
+    write_records(folders[1] / "validation", [record(f"v{i}", 0, [0.7, 0.3]) for i in range(20)])
+    found = out_of_fold(folders)
+    assert [line for line in caplog.messages if f"{folders[1]}: its validation cases give no operating point" in line]
+    last = [case.startswith("a") for case in found.raw.cases]
+    np.testing.assert_array_equal(found.at_point[last], found.calibrated[last].argmax(axis=1))
+
+
 def test_a_case_in_two_folds_is_refused(tmp_path):
     folders, _ = folds(tmp_path)
     write_records(folders[1] / "test", drawn(["b3"]))
