@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from bundle.files import replacing
+
 __all__ = ["MARKED", "filled"]
 
 ROOT = Path(__file__).parents[2]
@@ -260,5 +262,6 @@ def filled(page: str, folder: Path) -> str:
 
 if __name__ == "__main__":
     page = PAGE.read_text(encoding="utf-8")
-    PAGE.write_text(filled(page, PAGE.with_suffix("")), encoding="utf-8")
+    with replacing(PAGE) as part:
+        part.write_text(filled(page, PAGE.with_suffix("")), encoding="utf-8")
     sys.stdout.write(f"{len(MARKED.findall(page))} tables of {PAGE.relative_to(ROOT)} written\n")
