@@ -14,7 +14,7 @@ from .out_of_fold import OutOfFold, out_of_fold
 from .piece import Piece
 from .pieces import done_pieces
 
-__all__ = ["ArmResult", "collect", "mean_steadiness", "variance_ratio"]
+__all__ = ["ArmResult", "collect", "mean_of", "mean_steadiness", "of_pieces", "variance_ratio"]
 
 
 class ArmResult(NamedTuple):
@@ -54,10 +54,22 @@ def collect(name: str, pieces: Sequence[Piece], resamples: int = 1000, seed: int
     return ArmResult(name, kept, by_seed, compared(by_seed, resamples, seed))
 
 
+def of_pieces(arm: ArmResult, *keys: str) -> list[float]:
+    """A number of the arm's pieces, those that have none left out."""
+    found: list[Any] = list(arm.pieces.values())
+    for key in keys:
+        found = [one.get(key) for one in found if one is not None]
+    return [float(value) for value in found if value is not None]
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Their mean; NaN of none."""
+    return float(np.mean(values)) if values else math.nan
+
+
 def mean_steadiness(arm: ArmResult, name: str) -> float:
     """Mean over the pieces of a figure of `STEADINESS`, those that have none left out."""
-    values = [value for result in arm.pieces.values() if (value := result["steadiness"][name]) is not None]
-    return float(np.mean(values)) if values else math.nan
+    return mean_of(of_pieces(arm, "steadiness", name))
 
 
 def variance_ratio(reference: ArmResult, other: ArmResult) -> Figure:

@@ -59,6 +59,7 @@ class OutOfFold(NamedTuple):
         evidence: each of `CASE_SCORES` → ranking → (M,), NaN for cases without a known true slice, and for all cases
             where a piece with true slices lacks the ranking: a mean over the others would be of other cases.
         temperatures: of the pieces.
+        pieces: (M,) folder of the piece that judged the case.
     """
 
     raw: Predictions
@@ -67,6 +68,7 @@ class OutOfFold(NamedTuple):
     top_slice: dict[str, Floats]
     evidence: dict[str, dict[str, Floats]]
     temperatures: list[float]
+    pieces: list[Path]
 
 
 def read_predictions(folder: str | Path) -> Predictions:
@@ -135,6 +137,7 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
     parts = [part for part, _ in read]
     cases = [case for part in parts for case in part.raw.cases]
     patients = [patient for part in parts for patient in part.raw.patients]
+    judges = [folder for part in parts for folder in part.pieces]
     if len(set(cases)) < len(cases):
         raise InputError(f"{folders[0].parent}: a case is in the test part of two folds, so these are not folds")
     order = np.argsort(np.array(cases), kind="stable")
@@ -161,6 +164,7 @@ def out_of_fold(folders: Sequence[Path], sensitivity: float = 0.9, section: str 
         by_ranking([part.top_slice for part in parts]),
         {name: by_ranking([part.evidence[name] for part in parts]) for name in CASE_SCORES},
         [value for part in parts for value in part.temperatures],
+        [judges[i] for i in order],
     )
 
 
@@ -200,6 +204,7 @@ def _piece(folder: Path, sensitivity: float, section: str) -> tuple[OutOfFold, b
         _of_cases(evidence, "index"),
         {name: _of_cases(evidence, name) for name in CASE_SCORES},
         [temperature],
+        [folder] * len(raw.cases),
     )
     return found, truth
 

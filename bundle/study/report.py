@@ -8,8 +8,9 @@ from pathlib import Path
 from ..files import replacing
 from .arm_results import ArmResult
 from .calibration_panels import draw_reliability, draw_risk_coverage
+from .csv_tables import write_arms, write_pieces, write_predictions
 from .figures import draw_arms, draw_selection, draw_traces, draw_validation
-from .tables import study_text, write_arms, write_pieces
+from .tables import study_text
 
 __all__ = ["report"]
 
@@ -22,8 +23,8 @@ def report(
     Args:
         results: of arms that are whole, in the order of the rows.
         reference: name of the arm that differences are against; the first where it is not among them.
-        folder: gets the tables report.md, arms.csv, pieces.csv and the figures arms.png, traces.png, validation.png,
-            selection.png, reliability.png and risk_coverage.png.
+        folder: gets the tables report.md, arms.csv, pieces.csv, predictions.csv and the figures arms.png, traces.png,
+            validation.png, selection.png, reliability.png and risk_coverage.png.
         left_out: names of arms that are not whole.
         locked: whether these are results on the locked cases, which have no figures of the trainings of their own.
     """
@@ -33,6 +34,7 @@ def report(
     with replacing(folder / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_arms(results, against, folder / "arms.csv")
+    write_predictions(results, folder / "predictions.csv")
     draw_arms(results, against, folder / "arms.png")
     draw_reliability(results, folder / "reliability.png")
     draw_risk_coverage(results, folder / "risk_coverage.png")

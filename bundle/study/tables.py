@@ -1,23 +1,18 @@
-"""A study as tables: one for people (Markdown) and two for programs (CSV), a row an arm and a row a piece."""
+"""A study as tables for people, in Markdown."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..evaluation.key_slices import RANKINGS
 from ..evaluation.scores import score
-from ..files import replacing
-from .arm_results import ArmResult, mean_steadiness, variance_ratio
+from .arm_results import ArmResult, mean_of, mean_steadiness, of_pieces, variance_ratio
 from .comparison import Figure, difference, figure
-from .steadiness import STEADINESS
 
-__all__ = ["study_text", "write_arms", "write_pieces"]
+__all__ = ["study_text"]
 
 Row = dict[str, str]
 STEADINESS_HEADS = {
@@ -79,7 +74,7 @@ def _scores(arms: Sequence[ArmResult], against: ArmResult, locked: bool) -> list
             "macro F1, difference": _signed(arm, against, "f1_macro"),
             "accuracy": _told(figure(arm.compared, "accuracy")),
             # On the locked cases that of a piece is what is averaged.
-            "AUC of a piece, mean ± sd": "" if locked else _mean_and_sd(_of_pieces(arm, "scores", "test", "auc")),
+            "AUC of a piece, mean ± sd": "" if locked else _mean_and_sd(of_pieces(arm, "scores", "test", "auc")),
             f"AUC of all {several} together": _told(figure(arm.compared, "ensemble_auc")),
         }
         for arm in arms
@@ -102,7 +97,7 @@ def _evidence(arms: Sequence[ArmResult], locked: bool) -> list[Row]:
                 }
             )
     # The pieces know the chance on their own test cases.
-    chance = _of_pieces(arms[0], "key_slices", "chance_hit_1") if rows and not locked else []
+    chance = of_pieces(arms[0], "key_slices", "chance_hit_1") if rows and not locked else []
     if chance:
         rows.append({**dict.fromkeys(rows[0], ""), "first slice is a true one": "chance"})
         rows[-1] |= {f"by {by}": _number(float(np.mean(chance))) for by in RANKINGS}
@@ -121,7 +116,7 @@ def _steadiness(arms: Sequence[ArmResult], against: ArmResult) -> list[Row]:
                 "its variance": _number(mean_steadiness(arm, "nll_variance"), 4),
                 "times steadier": f"{ratio.value:.1f} ({ratio.low:.1f}–{ratio.high:.1f})" if known else "",
                 **{head: _number(mean_steadiness(arm, name)) for name, head in STEADINESS_HEADS.items()},
-                "sd of test probabilities": _number(_mean(_of_pieces(arm, "probability_sd"))),
+                "sd of test probabilities": _number(mean_of(of_pieces(arm, "probability_sd"))),
             }
         )
     return rows
@@ -152,18 +147,6 @@ def _calibration(arms: Sequence[ArmResult]) -> list[Row]:
     return rows
 
 
-def _of_pieces(arm: ArmResult, *keys: str) -> list[float]:
-    """A number of the arm's pieces, those that have none left out."""
-    found: list[Any] = list(arm.pieces.values())
-    for key in keys:
-        found = [one.get(key) for one in found if one is not None]
-    return [float(value) for value in found if value is not None]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else math.nan
-
-
 def _mean_and_sd(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
 
@@ -188,52 +171,3 @@ def _table(rows: Sequence[Row]) -> str:
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     lines = [columns, ["---"] * len(columns), *([row[name] for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def write_arms(arms: Sequence[ArmResult], reference: str, path: Path) -> None:
-    """A row an arm: every score with its interval and its paired difference, every figure of steadiness."""
-    against = next(one for one in arms if one.name == reference)
-    rows = []
-    for arm in arms:
-        row: dict[str, Any] = {"arm": arm.name, "seeds": len(arm.by_seed), "pieces": len(arm.pieces)}
-        for name in arm.compared.values:
-            row |= _named(name, figure(arm.compared, name))
-            row |= _named(f"{name}_difference", difference(arm.compared, against.compared, name))
-        row |= _named("times_steadier", variance_ratio(against, arm))
-        fitted = [value for one in arm.by_seed.values() for value in one.temperatures]
-        row |= {"temperature_low": min(fitted), "temperature_high": max(fitted)}
-        row |= {name: mean_steadiness(arm, name) for name in STEADINESS}
-        row["probability_sd"] = _mean(_of_pieces(arm, "probability_sd"))
-        rows.append(row)
-    _write(rows, path)
-
-
-def write_pieces(arms: Sequence[ArmResult], path: Path) -> None:
-    """A row a piece: its scores on the test and the validation cases, its steadiness and how long it took."""
-    rows = []
-    for arm in arms:
-        for result in arm.pieces.values():
-            row: dict[str, Any] = {"arm": arm.name, **{key: result[key] for key in ("seed", "fold", "seconds")}}
-            for section, scores in result["scores"].items():
-                row |= {f"{section}_{name}": value for name, value in scores.items()}
-            row |= {f"hit_1_{by}": result["key_slices"].get(by, {}).get("hit_1") for by in RANKINGS}
-            rows.append(row | result["steadiness"] | {"probability_sd": result["probability_sd"]})
-    _write(rows, path)
-
-
-def _named(name: str, found: Figure) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
-def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.5g}" if math.isfinite(value) else ""
-    return "" if value is None else value

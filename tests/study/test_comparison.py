@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def made(seed, classes=2, cases=CASES):
     evidence = {name: dict.fromkeys(RANKINGS, hit / part) for part, name in enumerate(CASE_SCORES, 1)}
     top = {by: rng.integers(0, 3, cases) for by in RANKINGS}
     raw = Predictions([f"c{i:02d}" for i in range(cases)], PATIENTS[:cases], labels, p, [])
-    return OutOfFold(raw, after, rng.integers(0, classes, cases), top, evidence, [1.0])
+    return OutOfFold(raw, after, rng.integers(0, classes, cases), top, evidence, [1.0], [Path("piece")] * cases)
 
 
 def with_hits(one, hit):

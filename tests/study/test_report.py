@@ -10,15 +10,17 @@ import pytest
 
 from bundle.evaluation.abstention import confidence
 from bundle.evaluation.calibration import calibrated
+from bundle.evaluation.scores import score
 from bundle.study import calibration_panels, figures
 from bundle.study.arm_results import collect, mean_steadiness, variance_ratio
 from bundle.study.calibration_panels import draw_reliability, draw_risk_coverage, errors_kept
+from bundle.study.csv_tables import write_arms
 from bundle.study.figures import draw_selection, draw_validation
 from bundle.study.locked import collect_locked
 from bundle.study.out_of_fold import Predictions
 from bundle.study.piece import Piece
 from bundle.study.report import report
-from bundle.study.tables import study_text, write_arms
+from bundle.study.tables import study_text
 
 from .made_pieces import TRAIN, datalist, finish, record, write_records
 
@@ -232,6 +234,41 @@ def test_rows_of_pieces_have_their_scores_and_times(tmp_path):
     assert float(rows[0]["nll_variance"]) == 0.5
 
 
+def test_rows_of_cases_have_what_their_own_fold_says(tmp_path):
+    one = make_arm(tmp_path, "one", p=(0.9, 1 / 3, 0.8, 0.2), seeds=(0, 1))
+    other = make_arm(tmp_path, "other", p=(0.3, 0.4, 0.4, 0.1), truth="miss")
+    first = one.by_seed[0]
+    raw = first.raw._replace(refused=["r"], patients=["\0n0", *first.raw.patients[1:]])
+    report([one._replace(by_seed={**one.by_seed, 0: first._replace(raw=raw)}), other], "one", tmp_path / "out")
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    refused = [row for row in rows if row["status"] == "refused"]
+    assert [(row["arm"], row["seed"], row["case"], row["label"]) for row in refused] == [("one", "0", "r", "")]
+    judged = [row for row in rows if row["status"] == "judged"]
+    assert [(row["arm"], row["seed"], row["fold"], row["case"]) for row in judged] == [
+        (arm, seed, fold, f"{kind}{fold}")
+        for arm, seed in (("one", "0"), ("one", "1"), ("other", "0"))
+        for kind in "np"
+        for fold in "01"
+    ]
+    row = judged[0]
+    assert (row["patient"], judged[4]["patient"]) == ("", "n0")  # not known; known
+    assert float(row["probability_1"]) == pytest.approx(1 / 3, rel=1e-8)
+    after = calibrated(np.log([[2 / 3, 1 / 3]]), first.temperatures[0])[0, 1]
+    assert float(row["calibrated_1"]) == pytest.approx(after, rel=1e-8)
+    assert (row["first_slice_score"], row["hit_1_score"]) == ("2", "")  # the first of the slices has number 1
+    assert [row["hit_1_score"] for row in judged if row["case"] == "p1"] == ["1", "1", "0"]
+    assert [row["hit_1_occlusion"] for row in judged] == [""] * 12
+    # The AUC of the table of arms, from the rows alone.
+    for arm in rows_of(tmp_path / "out" / "arms.csv"):
+        seeds = {row["seed"] for row in judged if row["arm"] == arm["arm"]}
+        aucs = []
+        for seed in seeds:
+            mine = [row for row in judged if (row["arm"], row["seed"]) == (arm["arm"], seed)]
+            p = np.array([[float(row["probability_0"]), float(row["probability_1"])] for row in mine])
+            aucs.append(score("auc", np.array([int(row["label"]) for row in mine]), p))
+        assert float(arm["auc"]) == pytest.approx(np.mean(aucs), rel=1e-4)
+
+
 def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
     found = {}
     for arm, p in (("before", 0.6), ("after", 0.9)):
@@ -256,8 +293,12 @@ def test_locked_cases_are_judged_by_every_piece(tmp_path, capsys):
     assert rows["first slice is a true one"][1]["trainings agree (score)"] == "1.000 (1.000–1.000)"
     assert "last third of the epochs" not in rows
     assert {path.name for path in (tmp_path / "locked").iterdir()} == {
-        "report.md", "arms.csv", "arms.png", "reliability.png", "risk_coverage.png"
+        "report.md", "arms.csv", "predictions.csv", "arms.png", "reliability.png", "risk_coverage.png"
     }  # fmt: skip
+    judged = rows_of(tmp_path / "locked" / "predictions.csv")
+    assert [(row["arm"], row["fold"], row["case"]) for row in judged] == [
+        (arm, fold, case) for arm in ("before", "after") for fold in "01" for case in "abcd"
+    ]
     assert collect_locked("none", [make_piece(tmp_path, "none", 0)]) is None
     (pieces[0].folder / "locked" / "metrics.json").unlink()  # not judged yet
     assert list(collect_locked("after", pieces, resamples=50).by_seed) == [(1, 0)]

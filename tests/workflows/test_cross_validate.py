@@ -116,6 +116,7 @@ def test_two_folds_in_one_go(cohort, whole):
     assert (row["arm"], row["seeds"], row["pieces"]) == ("run", "1", "2")
     assert 0 <= float(row["auc_low"]) <= float(row["auc"]) <= float(row["auc_high"]) <= 1
     assert len(rows_of(whole / "pieces.csv")) == 2
+    assert len({case["case"] for case in rows_of(whole / "predictions.csv")}) == 16
     for name in ("arms", "traces", "validation", "selection", "reliability", "risk_coverage"):
         assert (whole / f"{name}.png").stat().st_size > 5_000
 
