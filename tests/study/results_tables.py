@@ -1,8 +1,8 @@
 """The tables of docs/results.md, from docs/results/*.csv, which `scripts/stability_study` wrote.
 
 python -m tests.study.results_tables, from the repository root, writes every table anew that stands under a line such as
-<!-- table: side_confirm scores --> or <!-- table: side_screen short before after -->: file, kind, and arms (all). Two
-kinds are of *_pieces.csv, the single trainings, the others of *_arms.csv.
+<!-- table: side_confirm scores --> or <!-- table: side_screen short before after -->: file, kind, and arms (all). Three
+kinds (folds, seeds, means) are of *_pieces.csv, the single trainings, the others of *_arms.csv.
 """
 
 from __future__ import annotations
@@ -168,6 +168,12 @@ SINGLE = {  # of one training
     "batch NLL": ("nll_mean", 3),
     "its variance": ("nll_variance", 3),
 }
+OF_SEEDS = {
+    "first slice right, by score": ("hit_1_score", 2),
+    "by attention": ("hit_1_attention", 2),
+    "AUC": ("test_auc", 3),
+    "variance of the batch NLL": ("nll_variance", 3),
+}
 # Over the trainings of an arm, each judged by itself; the first arm is what the others are compared with.
 MEANS: dict[str, Column] = {
     "trainings": lambda row: row["trainings"],
@@ -190,6 +196,19 @@ def by_fold(rows: Sequence[Row], arms: Sequence[str]) -> str:
             mean = str(fmean(map(float, values.values()))) if whole else ""
             shown = [number(text, digits) for text in (*(values.get(fold, "") for fold in folds), mean)]
             lines.append([head, f"`{arm}`", *shown])
+    return _markdown(lines)
+
+
+def by_seed(rows: Sequence[Row], arms: Sequence[str]) -> str:
+    """Markdown: a line a score and arm, a column a seed with the mean over its folds; empty where one is missing."""
+    folds, seeds = {row["fold"] for row in rows}, sorted({row["seed"] for row in rows}, key=int)
+    lines = [["mean of the folds", "arm", *(f"seed {seed}" for seed in seeds)], ["---"] * (len(seeds) + 2)]
+    for head, (name, digits) in OF_SEEDS.items():
+        for arm, of_arm in _by_arm(rows, arms).items():
+            values = {seed: {row["fold"]: row[name] for row in of_arm if row["seed"] == seed} for seed in seeds}
+            whole = {seed: found for seed, found in values.items() if found.keys() == folds and all(found.values())}
+            shown = {seed: number(str(fmean(map(float, found.values()))), digits) for seed, found in whole.items()}
+            lines.append([head, f"`{arm}`", *(shown.get(seed, "") for seed in seeds)])
     return _markdown(lines)
 
 
@@ -244,7 +263,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-OF_PIECES = {"folds": by_fold, "means": means}
+OF_PIECES = {"folds": by_fold, "seeds": by_seed, "means": means}
 
 
 def filled(page: str, folder: Path) -> str:

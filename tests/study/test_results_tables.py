@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.results_tables import by_fold, means
+from tests.study.results_tables import by_fold, by_seed, means
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -30,6 +30,16 @@ def test_a_table_by_fold_has_a_column_a_fold_and_the_mean():
 def test_a_table_by_fold_refuses_two_seeds():
     with pytest.raises(ValueError, match="a has a fold more than once"):
         by_fold([piece("a", 0, 0.5, 0.4), piece("a", 0, 0.5, 0.4, seed=1)], [])
+
+
+def test_a_table_by_seed_has_the_mean_of_the_folds_where_none_is_missing():
+    rows = [piece("a", fold, auc, 0.4, seed) for seed, fold, auc in ((0, 0, 0.5), (0, 1, 1.0), (10, 0, 0.8), (2, 1, 1))]
+    rows = [{**row, "hit_1_attention": ""} for row in rows] + [{**piece("b", 1, 0.9, 0.1), "hit_1_attention": "1"}]
+    lines = by_seed(rows, ["b", "a"]).splitlines()
+    assert lines[0] == "| mean of the folds | arm | seed 0 | seed 2 | seed 10 |"
+    assert "| AUC | `a` | .750 |  |  |" in lines
+    assert "| AUC | `b` |  |  |  |" in lines  # of one fold of two
+    assert "| by attention | `a` |  |  |  |" in lines
 
 
 def test_means_are_compared_on_the_folds_that_both_have():
