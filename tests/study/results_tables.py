@@ -274,7 +274,8 @@ def filled(page: str, folder: Path) -> str:
         source = "pieces" if kind in OF_PIECES else "arms"
         with (folder / f"{name}_{source}.csv").open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return match[1] + (OF_PIECES[kind](rows, arms) if kind in OF_PIECES else table(rows, kind, arms))
+        made = OF_PIECES[kind](rows, arms) if kind in OF_PIECES else table(rows, kind, arms)
+        return match[1] + made + ("" if match[5] else "\n")  # what followed a line without a table begins anew
 
     return MARKED.sub(one, page)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.results_tables import by_fold, by_seed, means
+from tests.study.results_tables import by_fold, by_seed, filled, means
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -66,3 +66,11 @@ def test_means_are_those_of_the_study(name: str):
         steadier = [float(row[f"times_steadier{end}"]) for end in ("", "_low", "_high")]
         told = re.findall(r"[\d.]+", shown[f"times steadier than `{reference}`"])
         assert list(map(float, told)) == pytest.approx(steadier, abs=0.06), row["arm"]  # the files have five digits
+
+
+def test_a_new_table_is_parted_from_the_text_below_it():
+    line = "<!-- table: side_founding means before_60 -->\n\n"
+    once = filled(f"{line}Text.\n", RESULTS)
+    assert once.startswith(f"{line}| arm |")
+    assert once.endswith("|\n\nText.\n")
+    assert filled(once, RESULTS) == once
