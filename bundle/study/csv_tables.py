@@ -68,10 +68,10 @@ def write_predictions(arms: Sequence[ArmResult], path: Path) -> None:
                 row |= {f"first_slice_{by}": _whole(found[i]) for by, found in one.top_slice.items()}
                 row |= {f"hit_1_{by}": _whole(found[i]) for by, found in one.evidence["hit_1"].items()}
                 rows.append(row)
-            seeds = {arm.pieces[folder]["seed"] for folder in one.pieces}
-            rows += [
-                {"arm": arm.name, "seed": min(seeds), "case": case, "status": "refused"} for case in one.raw.refused
-            ]
+            # Which of several folds a refused case belongs to is not kept; the seed is one.
+            judges = [arm.pieces[folder] for folder in dict.fromkeys(one.pieces)]
+            place = {"arm": arm.name, "seed": judges[0]["seed"], "fold": judges[0]["fold"] if len(judges) == 1 else ""}
+            rows += [{**place, "case": case, "status": "refused"} for case in one.raw.refused]
     _write(rows, path)
 
 

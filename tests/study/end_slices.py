@@ -22,21 +22,21 @@ SHOWN = ("score", "attention")
 
 
 def ends(record: Record) -> tuple[float, ...]:
-    """1 or 0 for each of `SHOWN`, and the chance, of a classified case; an order that ties is in no figure (NaN)."""
+    """1 or 0 for each of `SHOWN`, and the chance, of a classified case; one without a single first slice has NaN."""
     slices = record["slices"]
     indices = [one["index"] for one in slices]
     outer = {min(indices), max(indices)}
     found = []
     for by in SHOWN:
         values = [one.get(by) for one in slices]
-        known = None not in values and len(set(values)) > 1
+        known = None not in values and values.count(max(values)) == 1
         found.append(float(indices[int(np.argmax(values))] in outer) if known else float("nan"))
     return (*found, len(outer) / len(indices))
 
 
 def of_cases(records: Iterable[Record]) -> np.ndarray:
     """Mean of `ends` over the classified cases; NaN for an order that none has."""
-    rows = np.array([ends(record) for record in records if record["status"] != "refused"])
+    rows = np.array([ends(record) for record in records if record["status"] != "refused"]).reshape(-1, len(SHOWN) + 1)
     known = np.isfinite(rows)
     return np.where(known, rows, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
 

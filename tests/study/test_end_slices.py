@@ -31,6 +31,8 @@ def test_an_order_that_tells_nothing_is_in_no_figure() -> None:
     score, attention, chance = of_cases([flat, other, refused])
     assert (score, attention, chance) == (1, 0, pytest.approx(2 / 3))
     assert math.isnan(of_cases([flat])[0])
+    assert math.isnan(of_cases([refused])[2])
+    assert math.isnan(ends(record("d", 1, [0.5, 0.5], scores=[2, 2, 1], truth=[0] * 3))[0])  # two are first
 
 
 def test_a_row_an_arm_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
