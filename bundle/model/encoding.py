@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class SliceEncoding:
 
     Raises:
         InputError: `chunk_slices` below 0; when called, recomputation with batch norm in an encoder of unknown stages,
-            no compiler, or a training batch that leaves a batch norm one number a channel; also see `check`.
+            no compiler, PyTorch in a folder whose path has a space (which torch.compile cannot do), or a training batch
+            that leaves a batch norm one number a channel; also see `check`.
     """
 
     def __init__(
@@ -169,10 +171,16 @@ def _compiled(module: nn.Module) -> Callable[[Tensor], Tensor]:
         try:
             result: Tensor = apply(slices)
         except BackendCompilerFailed as error:
-            # The exception for this is in a module that is only there once something was compiled.
-            if "InvalidCxxCompiler" not in f"{type(error.inner_exception).__name__} {error}":
-                raise
-            raise InputError("compile_encoder needs a C++ compiler, and none was found: set it to false") from error
+            # The exceptions for these are in a module that is only there once something was compiled.
+            told, home = f"{type(error.inner_exception).__name__} {error}", str(Path(torch.__file__).parent)
+            if "InvalidCxxCompiler" in told:
+                raise InputError("compile_encoder needs a C++ compiler, and none was found: set it to false") from error
+            if "CppCompileError" in told and " " in home:
+                raise InputError(
+                    f"compile_encoder does not work where the path of PyTorch has a space ({home}): set it to false "
+                    "or move the environment"
+                ) from error
+            raise
         return result
 
     return checked

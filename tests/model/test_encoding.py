@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from bundle.errors import InputError
 from bundle.model.encoder import NORMS, with_norm
@@ -154,6 +155,7 @@ def test_copies_and_pickles_carry_the_settings_alone():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(" " in torch.__file__, reason="PyTorch does not compile where its own path has a space")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_encoder_gives_the_same():
     torch.manual_seed(0)
@@ -167,6 +169,17 @@ def test_a_compiled_encoder_gives_the_same():
     first = encoding(encoder, image).sum()
     first.backward()
     assert encoder[0].weight.grad is not None
+
+
+@pytest.mark.parametrize(("folder", "error"), [("/a b/torch", InputError), ("/ab/torch", BackendCompilerFailed)])
+def test_where_the_path_of_pytorch_has_a_space_it_says_so(folder, error, monkeypatch):
+    def fails(slices):
+        raise BackendCompilerFailed(lambda: None, RuntimeError("CppCompileError: cannot find b/torch/lib"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda module: fails)
+    monkeypatch.setattr(torch, "__file__", f"{folder}/__init__.py")
+    with pytest.raises(error, match="has a space" if error is InputError else "CppCompileError"), torch.no_grad():
+        SliceEncoding(compile=True)(nn.Flatten().eval(), torch.rand(3, 1, 9, 9))
 
 
 @pytest.mark.slow
