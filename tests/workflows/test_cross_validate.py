@@ -261,6 +261,7 @@ def test_a_piece_can_be_done_anew_from_its_settings(whole, tmp_path):
         assert (again / name).read_text() == (done / name).read_text(), name
 
 
+@pytest.mark.slow
 def test_the_time_is_projected_of_a_training_that_writes_no_events(cohort, small, tmp_path):
     files = tuple(map(str, (ROOT / "configs" / "train.yaml", small)))
     settings = {"dataset_dir": str(cohort), "datalist": str(cohort / "datalist.json"), "fold": 0, "seed": 0}
